@@ -1,0 +1,53 @@
+"""A pretrained model seen as a policy: what rollouts, training and evaluation ask of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: tensors with the batch first, and their unconditional twins where guidance needs them."""
+
+    positive: dict[str, Tensor]
+    negative: dict[str, Tensor] | None = None
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        take = {k: v[rows] for k, v in self.positive.items()}
+        return Conditioning(take, {k: v[rows] for k, v in self.negative.items()} if self.negative else None)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.positive.values())))
+
+    def to(self, device: torch.device) -> Conditioning:
+        move = {k: v.to(device) for k, v in self.positive.items()}
+        return Conditioning(move, {k: v.to(device) for k, v in self.negative.items()} if self.negative else None)
+
+
+class Policy(Protocol):
+    """p_theta as a network: it predicts, a kernel turns the prediction into p(x_{t-1} | x_t)."""
+
+    denoiser: nn.Module
+    state_shape: tuple[int, ...]
+    device: torch.device
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encodes N prompts; each distinct prompt is encoded once."""
+        ...
+
+    def predict(self, x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output at x_t (N, *shape) and time (N,), guidance applied, float32."""
+        ...
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Pictures in [0, 1], (N, 3, H, W), float32."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside this context the policy is p_ref: the same network with its adapter off."""
+        ...

@@ -1,0 +1,101 @@
+"""Draws trajectories from a policy and keeps their densities under policy and reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from vmpo.kernels import Kernel
+from vmpo.policies.policy import Conditioning, Policy
+from vmpo.trajectory import Trajectory
+
+
+def noise_for(seeds: list[int], num_steps: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal noise of N trajectories, (N, T+1, *shape): x_T first, then one draw a step.
+
+    Each trajectory has a generator of its own on the CPU, so that neither batch size nor number of processes nor
+    kind of device changes a sample; its first draw is what a diffusers pipeline takes as latents at that seed.
+    """
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.cat([torch.randn((1, *shape), generator=generator) for _ in range(num_steps + 1)]))
+    return torch.stack(rows).to(device)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    kernel: Kernel,
+    conditioning: Conditioning,
+    seeds: list[int],
+    *,
+    batch: int = 64,
+    x0_hat_at: Collection[int] = (),
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """Draws one trajectory a seed, in batches; densities are those of the stored states.
+
+    Args:
+        conditioning: encoded prompts, N of them.
+        seeds: N noise seeds.
+        x0_hat_at: stochastic steps s at which the predicted clean state is kept (for intermediate rewards, Eq. 44).
+        dtype: precision the states are stored in; they are cast before their density is evaluated.
+        progress: called with the number of trajectories done.
+    """
+    parts = []
+    for start in range(0, len(seeds), batch):
+        chunk = slice(start, start + batch)
+        noise = noise_for(seeds[chunk], kernel.num_steps, policy.state_shape, policy.device)
+        parts.append(_rollout_batch(policy, kernel, conditioning[chunk], noise, frozenset(x0_hat_at), dtype))
+        if progress is not None:
+            progress(min(start + batch, len(seeds)))
+    return Trajectory.cat(parts)
+
+
+def _rollout_batch(
+    policy: Policy,
+    kernel: Kernel,
+    conditioning: Conditioning,
+    noise: Tensor,
+    x0_hat_at: frozenset[int],
+    dtype: torch.dtype,
+) -> Trajectory:
+    x_t = noise[:, 0].to(dtype)
+    states, log_p, log_p_ref, means, means_ref, kl_ref = [x_t], [], [], [], [], []
+    x0_hat: dict[int, Tensor] = {}
+    s = 0
+    for k in range(kernel.num_steps):
+        step = torch.full((len(x_t),), k, device=x_t.device)
+        time = kernel.times.to(x_t.device)[step]
+        output = policy.predict(x_t, time, conditioning)
+        p = kernel.transition(x_t, output, step)
+        x_next = p.sample(noise[:, k + 1]).to(dtype)  # cast first: the density is that of what is stored
+        if kernel.stochastic[k]:
+            with policy.reference():
+                p_ref = kernel.transition(x_t, policy.predict(x_t, time, conditioning), step)
+            log_p.append(p.log_prob(x_next))
+            log_p_ref.append(p_ref.log_prob(x_next))
+            kl_ref.append(p.kl(p_ref))
+            means.append(p.mean)
+            means_ref.append(p_ref.mean)
+            if s in x0_hat_at:
+                x0_hat[s] = kernel.predict_x0(x_t, output, step)
+            s += 1
+        states.append(x_next)
+        x_t = x_next
+    if not log_p:  # a deterministic sampler has no densities to keep
+        none, no_mean = x_t.new_zeros((len(x_t), 0)), x_t.new_zeros((len(x_t), 0, *x_t.shape[1:]))
+        return Trajectory(torch.stack(states, 1), none, none, no_mean, no_mean, none, {})
+    return Trajectory(
+        x=torch.stack(states, 1),
+        log_p_old=torch.stack(log_p, 1),
+        log_p_ref=torch.stack(log_p_ref, 1),
+        mean_old=torch.stack(means, 1),
+        mean_ref=torch.stack(means_ref, 1),
+        kl_ref=torch.stack(kl_ref, 1),
+        x0_hat=x0_hat,
+    )

@@ -1,0 +1,229 @@
+"""Settings of a run: validated, with defaults, read from a recipe and `key.path=value` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vmpo.errors import UserError
+
+RECIPES = resources.files("vmpo").joinpath("recipes")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoRA(_Section):
+    """The adapter that is trained (Hu et al. 2022, arXiv 2106.09685)."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64, gt=0)
+    targets: list[str] | None = Field(None, description="module names; None: the model's own attention projections")
+
+
+class Model(_Section):
+    """Which pipeline is aligned and how its network is called."""
+
+    path: str = Field("glyphs", description="'glyphs' (embedded), a local folder or a hub name")
+    height: int = Field(512, ge=8)
+    width: int = Field(512, ge=8)
+    guidance: float = Field(1.0, ge=0, description="classifier-free guidance in rollout and training; 1 is off")
+    max_sequence_length: int = Field(256, ge=0, le=512, description="T5 tokens; 0 leaves the padding of a missing T5 out")
+    weights: Literal["fp32", "bf16", "fp16"] = "fp32"
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    lora: LoRA = LoRA()
+
+
+class Sampler(_Section):
+    """The kernel p(x_{t-1} | x_t) and its schedule."""
+
+    kernel: Literal["ddim", "flow_grpo", "dance", "cps"] = "flow_grpo"
+    steps: int = Field(10, ge=1)
+    eta: float | None = Field(None, description="noise level; None: the kernel's published default")
+    shift: float = Field(3.0, gt=0)
+    schedule: Literal["linear", "sd3"] = "sd3"
+    window: tuple[int, int] | None = Field(None, description="(first, size) of the stochastic steps; None: all")
+
+
+class Prompts(_Section):
+    """Prompt files, one prompt a line, or the embedded sets 'glyphs/train' and 'glyphs/test'."""
+
+    train: str = "glyphs/train"
+    test: str = "glyphs/test"
+
+
+class Reward(_Section):
+    """Rewards by name or 'module:function', with their weights."""
+
+    weights: dict[str, float] = Field({"ocr": 1.0}, min_length=1)
+    combine: Literal["sum", "group_normalised"] = "sum"
+    held_out: list[str] = Field([], description="rewards that are measured at evaluations and never trained on")
+
+
+class Objective(_Section):
+    """What is minimised, at which temperature."""
+
+    name: str = "vmpo_diff"
+    beta: float = Field(0.1, gt=0, description="reward temperature: the target is p_ref·exp(r/beta)")
+    kl_old: float = Field(1.0, ge=0, description="weight of KL(p_theta‖p_old), a step")
+    kl_ref: float = Field(0.0, ge=0, description="weight of an explicit KL(p_theta‖p_ref), a step (Eq. 22)")
+    clip_range: float | None = Field(None, gt=0, description="epsilon of clipped forms; None: the method's own")
+    log_prob: Literal["sum", "mean"] = Field(
+        "sum", description="sum: the density; mean: divided by the dimension D, as published code bases do"
+    )
+    intermediate: list[int] | None = Field(
+        None, description="stochastic steps whose r(x0_hat) enters the difference potential; None: all"
+    )
+
+
+class Optimisation(_Section):
+    """Samples and updates; per-device sizes follow from these."""
+
+    epochs: int = Field(100, ge=1)
+    prompts: int = Field(8, ge=1, description="distinct prompts an epoch")
+    group: int = Field(16, ge=2, description="pictures a prompt")
+    updates: int = Field(1, ge=1, description="optimiser steps a rollout, each on its own share of the prompts")
+    lr: float = Field(3e-4, gt=0)
+    lr_centre: float | None = Field(None, description="learning rate of M(t); None: lr")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.9, ge=0, lt=1, description="decay of the averaged adapter used at evaluation; 0 is off")
+    warmup: int = Field(0, ge=0, description="updates over which the learning rate rises")
+    decay: bool = Field(False, description="linear decay of the learning rate to 0 over the run")
+    micro_batch: int = Field(64, ge=1, description="rows or pictures a forward pass; changes memory, not results")
+
+
+class Evaluation(_Section):
+    """Held-out measurements."""
+
+    every: int = Field(10, ge=0, description="epochs between evaluations during training; 0 is never")
+    prompts: int = Field(64, ge=1, description="held-out prompts of the evaluations during training")
+    final_prompts: int = Field(256, ge=1)
+    final_images: int = Field(4, ge=2, description="pictures a prompt of the final evaluation")
+    truth_prompts: int = Field(48, ge=0)
+    truth_images: int = Field(32, ge=2, description="base samples a prompt from which the tilted truth is computed")
+    patience: int = Field(0, ge=0, description="evaluations without a better held-out reward before stopping; 0 is off")
+    seed: int = 1234
+
+
+class Config(_Section):
+    """A run."""
+
+    name: str = "run"
+    seed: int = 0
+    model: Model = Model()
+    sampler: Sampler = Sampler()
+    prompts: Prompts = Prompts()
+    reward: Reward = Reward()
+    objective: Objective = Objective()
+    optimisation: Optimisation = Optimisation()
+    evaluation: Evaluation = Evaluation()
+    checkpoint_every: int = Field(5, ge=1, description="epochs between checkpoints")
+    max_minutes: float | None = Field(None, gt=0, description="training stops after the epoch that passes this time")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] | None = Field(
+        None, description="None: TensorBoard where installed"
+    )
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A shipped recipe by name, or a YAML file by path.
+
+    Raises:
+        UserError: if there is no such recipe or file, or it is no YAML mapping.
+    """
+    if name in recipe_names():
+        text = RECIPES.joinpath(f"{name}.yaml").read_text()
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text()
+        except OSError as error:
+            raise UserError(f"recipe file '{name}' cannot be read: {error.strerror}") from error
+    else:
+        raise UserError(f"no recipe '{name}'{_nearest(name, recipe_names())}; 'vmpo recipes' lists them")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe '{name}' is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe '{name}' holds no settings; it must be a mapping of sections")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets `key.path=value` in nested settings; the value is read as YAML.
+
+    Raises:
+        UserError: if there is no '=' or the path leads through a value.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"override '{override}' is not of the form key.path=value")
+    *parents, last = path.split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is no valid YAML") from error
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node[last] = value
+
+
+def load_config(recipe: str, overrides: list[str]) -> Config:
+    """Reads a recipe, applies overrides and validates the whole.
+
+    Raises:
+        UserError: naming the key, the value and what would be right.
+    """
+    values = read_recipe(recipe)
+    for override in overrides:
+        apply_override(values, override)
+    return validate_config(values, where=f"recipe '{recipe}'")
+
+
+def validate_config(values: dict[str, Any], where: str) -> Config:
+    """Validates nested settings.
+
+    Raises:
+        UserError: for the first problem found, in one line.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(problem["loc"][:-1])
+            raise UserError(f"{where}: unknown key '{key}'{_nearest(str(problem['loc'][-1]), known)}") from error
+        raise UserError(f"{where}: {key}={problem['input']!r}: {problem['msg'].lower()}") from error
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[str(part)].annotation
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"

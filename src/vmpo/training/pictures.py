@@ -1,0 +1,45 @@
+"""Picture files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vmpo.errors import UserError
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A picture in [0, 1], (3, H, W), as 8-bit RGB."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes a PNG.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Writes pictures (N, 3, H, W) as one PNG, row by row; a short last row is filled with grey."""
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    grid = torch.full((3, rows * height, columns * width), 0.5)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        grid[:, top : top + height, left : left + width] = image
+    save_image(grid, path)

@@ -1,0 +1,92 @@
+"""From a configuration to the parts of a run: policy with adapter, kernel, rewards, prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vmpo.errors import UserError
+from vmpo.kernels import Kernel, build_kernel
+from vmpo.objectives import Objective, get_objective
+from vmpo.policies.loading import add_lora, load_policy
+from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
+from vmpo.rewards import Reward, check_prompts, load_reward
+from vmpo.training.config import Config
+from vmpo.training.prompts import PromptSet, load_prompts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration names, loaded."""
+
+    policy: StableDiffusion3Policy
+    kernel: Kernel
+    objective: Objective
+    rewards: dict[str, Reward]
+    train: PromptSet
+    test: PromptSet
+
+
+def load_policy_of(config: Config, device: torch.device | str = "cpu") -> StableDiffusion3Policy:
+    """The pretrained model of a configuration, without adapter."""
+    model = config.model
+    return load_policy(
+        model.path,
+        height=model.height,
+        width=model.width,
+        guidance=model.guidance,
+        max_sequence_length=model.max_sequence_length,
+        weights=model.weights,
+        autocast=model.autocast,
+        device=device,
+    )
+
+
+def load_kernel_of(config: Config) -> Kernel:
+    """The sampler of a configuration."""
+    sampler = config.sampler
+    return build_kernel(
+        sampler.kernel,
+        sampler.steps,
+        eta=sampler.eta,
+        shift=sampler.shift,
+        schedule=sampler.schedule,
+        window=sampler.window,
+    )
+
+
+def load_rewards_of(config: Config) -> dict[str, Reward]:
+    """Trained-on and held-out rewards, by name."""
+    return {name: load_reward(name) for name in dict.fromkeys([*config.reward.weights, *config.reward.held_out])}
+
+
+def load_prompts_of(config: Config, rewards: dict[str, Reward]) -> tuple[PromptSet, PromptSet]:
+    """Training and held-out prompts, each checked by every reward that asks something of a prompt."""
+    train, test = load_prompts(config.prompts.train), load_prompts(config.prompts.test)
+    for prompts in (train, test):
+        check_prompts(rewards, prompts.prompts)
+    return train, test
+
+
+def load_parts(config: Config, device: torch.device | str) -> Parts:
+    """Loads everything a run needs; cheap checks first.
+
+    Raises:
+        UserError: if something is missing, or the parts do not fit together.
+    """
+    objective = get_objective(config.objective.name)
+    if config.objective.clip_range is not None:
+        objective = replace(objective, clip_range=config.objective.clip_range)
+    kernel = load_kernel_of(config)
+    if len(kernel.stochastic_steps) == 0:
+        raise UserError(
+            f"sampler.kernel={config.sampler.kernel} with eta={config.sampler.eta} has no stochastic step, hence no "
+            f"density to train on; set sampler.eta above 0"
+        )
+    rewards = load_rewards_of(config)
+    train, test = load_prompts_of(config, rewards)
+    policy = load_policy_of(config, device)
+    lora = config.model.lora
+    add_lora(policy, lora.rank, lora.alpha, lora.targets, config.seed)
+    return Parts(policy, kernel, objective, rewards, train, test)

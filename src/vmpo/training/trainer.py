@@ -1,0 +1,304 @@
+"""The loop: rollout, rewards, potentials, updates, held-out measurements, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+
+from vmpo.errors import UserError
+from vmpo.log_weights import LogWeights
+from vmpo.objectives import LearnedCentre
+from vmpo.policies.loading import lora_parameters, save_lora
+from vmpo.potentials import terminal
+from vmpo.rewards import combine
+from vmpo.rollouts import rollout
+from vmpo.training.averaging import Average, set_values
+from vmpo.training.checkpoint import checkpoints, load_checkpoint, replace_folder, save_checkpoint, write_text
+from vmpo.training.checks import check_adapter, check_ratio, check_rewards
+from vmpo.training.config import Config
+from vmpo.training.held_out import measure_held_out
+from vmpo.training.pictures import save_grid
+from vmpo.training.processes import gather_rows, share
+from vmpo.training.prompts import epoch_prompts
+from vmpo.training.provenance import provenance
+from vmpo.training.scoring import evaluated_steps, potentials, score_states
+from vmpo.training.setup import Parts
+from vmpo.training.update import Penalties, Rollout, Updater
+
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """A run: its parts, its state, and how both go to disk and come back."""
+
+    def __init__(self, config: Config, parts: Parts, folder: Path, accelerator: Accelerator) -> None:
+        self.config, self.parts, self.folder, self.accelerator = config, parts, folder, accelerator
+        self.epoch, self.seconds, self.log = 0, 0.0, list[Metrics]()
+        self.best: tuple[float, int, list[Tensor]] | None = None
+        adapter = lora_parameters(parts.policy)
+        self.average = Average(adapter, config.optimisation.ema)
+        num_stochastic = len(parts.kernel.stochastic_steps)
+        learned = parts.objective.centre == "learned"
+        self.centre = LearnedCentre(num_stochastic, parts.objective.level) if learned else None
+        self.updater = self._build_updater(adapter)
+
+    def _build_updater(self, adapter: list[torch.nn.Parameter]) -> Updater:
+        settings, objective = self.config.optimisation, self.config.objective
+        groups: list[dict[str, Any]] = [{"params": adapter, "peak": settings.lr}]
+        if self.centre is not None:
+            peak = settings.lr if settings.lr_centre is None else settings.lr_centre
+            groups.append({"params": list(self.centre.parameters()), "peak": peak, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+        dimension = int(np.prod(self.parts.policy.state_shape))
+        return Updater(
+            self.parts.policy,
+            self.parts.kernel,
+            self.parts.objective,
+            self.centre,
+            Penalties(objective.kl_old, objective.kl_ref),
+            optimizer,
+            self.accelerator,
+            micro_batch=settings.micro_batch,
+            grad_clip=settings.grad_clip,
+            density_scale=1.0 if objective.log_prob == "sum" else 1.0 / dimension,
+        )
+
+    # --- an epoch -------------------------------------------------------------------------------------------------
+
+    def draw(self, epoch: int, progress: Callable[[int], None] | None = None) -> tuple[Rollout, Metrics]:
+        """Rollout, rewards and potentials of an epoch; a function of the weights, the seed and the epoch alone."""
+        config, parts, settings = self.config, self.parts, self.config.optimisation
+        total = settings.prompts * settings.group
+        mine = share(total, self.accelerator)
+        chosen = epoch_prompts(len(parts.train), settings.prompts, epoch, config.seed)
+        local = parts.train.take([chosen[i // settings.group] for i in mine])
+        conditioning = parts.policy.encode(local.prompts)
+        seeds = [((config.seed + 1) * 1_000_003 + epoch) * 100_003 + i for i in mine]
+        steps = len(parts.kernel.stochastic_steps)
+        scored = evaluated_steps(parts.objective, steps, config.objective.intermediate)
+        began = time.perf_counter()
+        drawn = rollout(
+            parts.policy, parts.kernel, conditioning, seeds, batch=settings.micro_batch, x0_hat_at=scored, progress=progress
+        )
+        rolled = time.perf_counter()
+        group = torch.arange(total) // settings.group
+        trained = {name: parts.rewards[name] for name in config.reward.weights}
+
+        def total_reward(states: Tensor) -> Tensor:
+            scores = score_states(parts.policy, trained, states, local, settings.micro_batch)
+            gathered = {n: gather_rows(v, mine, total, self.accelerator) for n, v in scores.items()}
+            return combine(gathered, config.reward.weights, group, config.reward.combine)
+
+        reward = total_reward(drawn.x_0)
+        values = {s: total_reward(state) for s, state in drawn.x0_hat.items()}
+        delta_phi = potentials(parts.objective, reward, values, steps, config.objective.beta)
+        scale = self.updater.density_scale
+
+        def everywhere(local_rows: Tensor) -> Tensor:
+            return gather_rows(local_rows.cpu(), mine, total, self.accelerator)
+
+        data = Rollout(
+            trajectory=drawn,
+            conditioning=conditioning,
+            rows=mine,
+            group=group,
+            log_p_old=scale * everywhere(drawn.log_p_old),
+            log_p_ref=scale * everywhere(drawn.log_p_ref),
+            delta_phi=delta_phi,
+        )
+        # the weight of a trajectory as a sample of the tilted target, whatever the potential that trains it
+        tilt = terminal(reward.double(), steps, config.objective.beta)
+        weights = LogWeights((everywhere(drawn.log_p_ref) - everywhere(drawn.log_p_old)).double() + tilt, group)
+        metrics = {
+            "reward_mean": reward.nanmean().item(),
+            "reward_std": reward[torch.isfinite(reward)].std().item(),
+            "zero_std_ratio": zero_std_ratio(reward, group),
+            **weights.summary(),
+            "kl_ref": everywhere(drawn.kl_ref.sum(1)).mean().item(),
+            "failed_rewards": 1 - torch.isfinite(reward).float().mean().item(),
+            "time_rollout": rolled - began,
+            "time_rewards": time.perf_counter() - rolled,
+        }
+        check_rewards(reward, group)
+        return data, metrics
+
+    def run_epoch(self, progress: Callable[[int], None] | None = None) -> Metrics:
+        """One rollout and its updates; moves the state on by an epoch."""
+        began = time.perf_counter()
+        settings = self.config.optimisation
+        data, metrics = self.draw(self.epoch, progress)
+        if self.epoch == 0:
+            metrics["step0_log_ratio"] = check_ratio(self.updater, data)
+            if self.centre is not None:
+                self.centre.initialise(data.log_p_ref - data.log_p_old + data.delta_phi)
+        updating = time.perf_counter()
+        parts = torch.arange(settings.prompts).tensor_split(min(settings.updates, settings.prompts))
+        taken: list[dict[str, float]] = []
+        for index, groups in enumerate(parts):
+            self._set_learning_rate(self.epoch * len(parts) + index, self.config.optimisation.epochs * len(parts))
+            taken.append(self.updater.step(data, groups, on_policy=index == 0))
+            self.average.update()
+        if self.epoch == 0:
+            check_adapter(self.parts.policy, self.updater, data, taken[0]["grad_norm"])
+        metrics |= {key: sum(t[key] for t in taken) / len(taken) for key in taken[0]}
+        metrics["time_update"] = time.perf_counter() - updating
+        self.epoch += 1
+        self.seconds += time.perf_counter() - began
+        counts = {"epoch": self.epoch, "samples": self.epoch * settings.prompts * settings.group}
+        return {**counts, "seconds": self.seconds, **metrics}
+
+    def _set_learning_rate(self, update: int, total: int) -> None:
+        settings = self.config.optimisation
+        rise = min(1.0, (update + 1) / settings.warmup) if settings.warmup else 1.0
+        fall = 1 - update / total if settings.decay else 1.0
+        for group in self.updater.optimizer.param_groups:
+            group["lr"] = group["peak"] * rise * fall
+
+    # --- measurements ---------------------------------------------------------------------------------------------
+
+    def measure(self) -> Metrics:
+        """Held-out reward and KL of the averaged adapter; keeps the best one when patience is asked for."""
+        config, parts = self.config, self.parts
+        rows = list(range(min(config.evaluation.prompts, len(parts.test))))
+        with self.average.applied():
+            found = measure_held_out(
+                parts.policy,
+                parts.kernel,
+                parts.rewards,
+                config.reward.weights,
+                parts.test.take(rows),
+                self.accelerator,
+                seed=config.evaluation.seed,
+                batch=config.optimisation.micro_batch,
+            )
+        metrics = found.metrics()
+        reward = metrics["eval_reward_mean"]
+        if config.evaluation.patience and (self.best is None or reward > self.best[0]):
+            self.best = (reward, self.epoch, [v.clone() for v in self.average.values])
+        if self.accelerator.is_main_process:
+            save_grid(found.images, self.folder / "samples" / f"epoch-{self.epoch:06d}.png", columns=8)
+        return metrics
+
+    def out_of_patience(self) -> bool:
+        """True when the last `patience` evaluations brought no better held-out reward."""
+        evaluation = self.config.evaluation
+        if not evaluation.patience or self.best is None:
+            return False
+        return self.epoch - self.best[1] >= evaluation.patience * evaluation.every
+
+    # --- disk -----------------------------------------------------------------------------------------------------
+
+    def open_folder(self, resume: bool) -> bool:
+        """Makes the run folder, or takes up the run in it; returns whether there was something to take up.
+
+        Raises:
+            UserError: if the folder holds another run, or cannot be written.
+        """
+        main = self.accelerator.is_main_process
+        used = (self.folder / "config.yaml").exists()
+        if used and not resume:
+            raise UserError(f"run folder '{self.folder}' is already in use; pass --resume to go on, or another --run")
+        if used:
+            written = yaml.safe_load((self.folder / "config.yaml").read_text())
+            if written != self.config.model_dump(mode="json"):
+                raise UserError(
+                    f"run folder '{self.folder}' was begun with other settings; resume it with the recipe and overrides "
+                    f"it was begun with (its config.yaml holds them)"
+                )
+        self.accelerator.wait_for_everyone()
+        if main:
+            try:
+                for name in ("checkpoints", "samples"):
+                    (self.folder / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"run folder '{self.folder}' cannot be made: {error.strerror}") from error
+            if not used:
+                facts = provenance(self.config.seed, self.accelerator.num_processes)
+                write_text(self.folder / "provenance.json", json.dumps(facts, indent=2))
+                write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        self.accelerator.wait_for_everyone()
+        return used and self.restore()
+
+    def record(self, metrics: Metrics) -> None:
+        """Appends an epoch to the run record."""
+        self.log.append(metrics)
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+
+    def save_adapter(self) -> None:
+        """Writes the adapter to deploy: the best where patience is asked for, else the averaged one."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.average.applied():
+            if self.best is not None:
+                set_values(self.average.parameters, self.best[2])
+            replace_folder(lambda folder: save_lora(self.parts.policy, folder), self.folder / "adapter")
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "adapter": [p.detach().clone() for p in self.average.parameters],
+            "average": self.average.values,
+            "average_updates": self.average.updates,
+            "centre": self.centre.state_dict() if self.centre is not None else None,
+            "optimizer": self.updater.optimizer.state_dict(),
+            "best": self.best,
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "numpy": np.random.get_state(),
+                "python": random.getstate(),
+            },
+        }
+        save_checkpoint(self.folder / "checkpoints", self.epoch, state, self.log)
+
+    def restore(self) -> bool:
+        """Takes up the newest checkpoint, if there is one."""
+        found = load_checkpoint(self.folder / "checkpoints")
+        if found is None:
+            return False
+        state, self.log = found
+        self.epoch, self.seconds, self.best = state["epoch"], state["seconds"], state["best"]
+        set_values(self.average.parameters, state["adapter"])
+        set_values(self.average.values, state["average"])  # type: ignore[arg-type]
+        self.average.updates = state["average_updates"]
+        if self.centre is not None:
+            self.centre.load_state_dict(state["centre"])
+        self.updater.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"]["torch"])
+        if state["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        np.random.set_state(state["rng"]["numpy"])
+        random.setstate(state["rng"]["python"])
+        return True
+
+    def finished(self) -> bool:
+        """Whether the run has reached its last epoch, its time, or the end of its patience."""
+        limit = self.config.max_minutes
+        out_of_time = limit is not None and self.seconds >= 60 * limit
+        return self.epoch >= self.config.optimisation.epochs or out_of_time or self.out_of_patience()
+
+    def checkpointed(self) -> bool:
+        """Whether the newest checkpoint is of the present epoch."""
+        found = checkpoints(self.folder / "checkpoints")
+        return bool(found) and found[-1].name == f"epoch-{self.epoch:06d}"
+
+
+def zero_std_ratio(reward: Tensor, group: Tensor) -> float:
+    """Share of groups whose rewards are all equal, which therefore teach nothing."""
+    groups = [reward[group == g] for g in group.unique()]
+    return sum(len(r[torch.isfinite(r)].unique()) < 2 for r in groups) / len(groups)
