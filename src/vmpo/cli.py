@@ -136,7 +136,12 @@ def pretrain(
 def _print_evaluation(found: dict[str, Any]) -> None:
     table = Table("", "base", "aligned", "tilted truth", box=None)
     truth = found["truth"]
-    beside = {"reward": truth["reward"], "kl_ref": truth["kl"], "diversity": truth.get("diversity"), "log_z": truth["log_z"]}
+    beside = {
+        "reward": truth["reward"],
+        "kl_ref": truth["kl"],
+        "diversity": truth.get("diversity"),
+        "log_z": truth["log_z"],
+    }
     for metric, base in found["base"].items():
         aligned, true = found["aligned"][metric], beside.get(metric)
         cells = [f"{e['mean']:.3f} ± {e['se']:.3f}" if e is not None else "" for e in (base, aligned, true)]

@@ -41,6 +41,7 @@ class StableDiffusion3Policy:
         self.pipe, self.guidance, self.max_sequence_length = pipe, guidance, max_sequence_length
         self.denoiser = pipe.transformer
         self.autocast = autocast
+        self._is_reference = False
         channels, factor = pipe.transformer.config.in_channels, pipe.vae_scale_factor
         self.state_shape: tuple[int, ...] = (channels, height // factor, width // factor)
 
@@ -89,11 +90,13 @@ class StableDiffusion3Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        if not getattr(self.denoiser, "peft_config", None):
-            yield  # no adapter: the policy is its own reference
+        if self._is_reference or not getattr(self.denoiser, "peft_config", None):
+            yield  # already off (an outer context turns it on again), or there is none
             return
         self.denoiser.disable_adapters()
+        self._is_reference = True
         try:
             yield
         finally:
             self.denoiser.enable_adapters()
+            self._is_reference = False

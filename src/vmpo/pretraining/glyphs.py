@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import AddedToken
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from vmpo.pretraining.autoencoder import picture_tensor
+from vmpo.pretraining.autoencoder import picture_tensor, train_autoencoder
 from vmpo.pretraining.words import NOUNS, VERBS, caption, misspell, random_style, random_word, render
 
 MAX_TOKENS = 14
@@ -29,14 +30,15 @@ MAX_TOKENS = 14
 class Pretraining:
     """Settings of a pretraining run; one 'step' is one batch."""
 
-    pool: int = 100_000
-    clean_steps: int = 8_000
-    misspelt_steps: int = 1_500
-    batch: int = 64
+    autoencoder_steps: int = 2_000
+    pool: int = 60_000
+    clean_steps: int = 5_000
+    misspelt_steps: int = 2_500
+    batch: int = 96
     lr: float = 2e-3
     muon_lr: float = 2e-2
     warmup: int = 200
-    ema: float = 0.999
+    ema: float = 0.998
     caption_dropout: float = 0.1
     misspelt_share: float = 0.5
     misspelt_rate: float = 0.5
@@ -118,7 +120,13 @@ class Pool:
 
 @torch.no_grad()
 def encode_pool(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, n: int, share: float, rate: float, seed: int, log: Callable[[str], None]
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    n: int,
+    share: float,
+    rate: float,
+    seed: int,
+    log: Callable[[str], None],
 ) -> Pool:
     """Draws n captioned pictures, `share` of them misspelt, and encodes them once."""
     rng, latents, captions = random.Random(seed), [], []
@@ -170,7 +178,8 @@ class Trainer:
         s = torch.sigmoid(torch.randn(n, generator=g))
         x_1 = torch.randn(x_0.shape, generator=g)
         x_s = (1 - s.view(-1, 1, 1, 1)) * x_0 + s.view(-1, 1, 1, 1) * x_1
-        with torch.autocast("cpu", torch.bfloat16):
+        # on so few tokens plain matrix products are faster on a CPU than the flash kernel's backward pass
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             states, pooled = encode_text(self.pipe, tokens)
             v = self.pipe.transformer(
                 hidden_states=x_s,
@@ -179,8 +188,8 @@ class Trainer:
                 pooled_projections=pooled,
                 return_dict=False,
             )[0]
-        loss = (v.float() - (x_1 - x_0)).square().mean()
-        loss.backward()
+            loss = (v.float() - (x_1 - x_0)).square().mean()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
@@ -203,59 +212,47 @@ class Trainer:
                 e.copy_(kept)
 
 
-def save_averaged(trainer: Trainer, folder: Path, facts: dict[str, object]) -> None:
-    trainer.swap_ema()
-    trainer.pipe.save_pretrained(folder)
-    trainer.swap_ema()
-    (folder / "pretraining.json").write_text(json.dumps(facts, indent=2))
-
-
 def train_stage(
-    trainer: Trainer,
-    pool: Pool,
-    steps: int,
-    log: Callable[[str], None],
-    *,
-    peak: float = 1.0,
-    save: Callable[[int], None] | None = None,
-    save_every: int = 1_000,
+    trainer: Trainer, pool: Pool, steps: int, schedule: Callable[[int], float], log: Callable[[str], None]
 ) -> None:
-    """Warm-up, constant, then linear decay over the last third."""
-    began, window = time.time(), []
+    """Runs `steps` batches; `schedule(step)` scales the learning rates."""
+    began, window = time.time(), list[float]()
     for step in range(steps):
-        rise = min((step + 1) / trainer.settings.warmup, 1.0)
-        fall = min(1.0, 3 * (steps - step) / steps)
-        window.append(trainer.step(pool, peak * rise * max(fall, 0.02)))
-        trainer.update_ema(step)
-        if (step + 1) % 50 == 0:
+        window.append(trainer.step(pool, schedule(step)))
+        trainer.update_ema(step + 1)
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             rate = (step + 1) / (time.time() - began)
-            log(f"step {step + 1}/{steps}  loss {sum(window) / len(window):.4f}  {rate:.2f} steps/s")
+            left = (steps - step - 1) / rate / 60
+            log(f"step {step + 1}/{steps}  loss {sum(window) / len(window):.4f}  {left:.0f} min left")
             window = []
-        if save is not None and (step + 1) % save_every == 0:
-            save(step + 1)
 
 
-def pretrain(
-    vae: AutoencoderKL, settings: Pretraining, folder: Path, log: Callable[[str], None] = print
+def pretrain_glyphs(
+    folder: Path, *, scale: float = 1.0, settings: Pretraining | None = None, log: Callable[[str], None] = print
 ) -> StableDiffusion3Pipeline:
-    """Both stages; the averaged weights are written to `folder` as they go."""
+    """Trains autoencoder and transformer and writes the pipeline to `folder`; `scale` shortens every stage."""
+    settings = settings or Pretraining()
     began = time.time()
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * scale))
+
+    vae = train_autoencoder(scaled(settings.autoencoder_steps), seed=settings.seed, log=log)
     pipe = build_pipeline(vae, settings.seed)
     trainer = Trainer(pipe, settings)
-
-    def save(stage: str) -> Callable[[int], None]:
-        def write(step: int) -> None:
-            facts = {**asdict(settings), "stage": stage, "step": step, "hours": (time.time() - began) / 3600}
-            save_averaged(trainer, folder, facts)
-
-        return write
-
-    stages = (("clean", settings.clean_steps, 0.0, 1.0), ("misspelt", settings.misspelt_steps, settings.misspelt_share, 0.3))
-    for index, (name, steps, share, peak) in enumerate(stages):
+    stages = (
+        (scaled(settings.clean_steps), 0.0, lambda step: min((step + 1) / settings.warmup, 1.0)),
+        (scaled(settings.misspelt_steps), settings.misspelt_share, None),
+    )
+    for index, (steps, share, schedule) in enumerate(stages):
+        log(f"stage {index + 1} of 2: {steps} steps, {share:.0%} of the captions with a misspelt picture")
         pool = encode_pool(
-            vae, pipe.tokenizer, settings.pool, share, settings.misspelt_rate, settings.seed + index, log
+            vae, pipe.tokenizer, scaled(settings.pool), share, settings.misspelt_rate, settings.seed + index, log
         )
-        train_stage(trainer, pool, steps, log, peak=peak, save=save(name))
-        save(name)(steps)
+        fall = schedule or (lambda step, steps=steps: max(1 - step / steps, 0.02))
+        train_stage(trainer, pool, steps, fall, log)
     trainer.swap_ema()
+    pipe.save_pretrained(folder)
+    facts = {**asdict(settings), "scale": scale, "hours": round((time.time() - began) / 3600, 2)}
+    (folder / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n")
     return pipe

@@ -34,7 +34,9 @@ class Model(_Section):
     height: int = Field(512, ge=8)
     width: int = Field(512, ge=8)
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance in rollout and training; 1 is off")
-    max_sequence_length: int = Field(256, ge=0, le=512, description="T5 tokens; 0 leaves the padding of a missing T5 out")
+    max_sequence_length: int = Field(
+        256, ge=0, le=512, description="T5 tokens; 0 leaves the padding of a missing T5 out"
+    )
     weights: Literal["fp32", "bf16", "fp16"] = "fp32"
     autocast: Literal["none", "bf16", "fp16"] = "none"
     lora: LoRA = LoRA()

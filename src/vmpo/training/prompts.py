@@ -54,7 +54,9 @@ def load_prompts(name: str) -> PromptSet:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise UserError(f"prompt file '{name}' cannot be read: {reason}; embedded sets: {', '.join(EMBEDDED)}") from error
+        raise UserError(
+            f"prompt file '{name}' cannot be read: {reason}; embedded sets: {', '.join(EMBEDDED)}"
+        ) from error
     found: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -64,7 +66,9 @@ def load_prompts(name: str) -> PromptSet:
                 record = json.loads(line)
                 found.setdefault(str(record["prompt"]), record)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"prompt file '{name}' line {number}: not a JSON object with the key 'prompt'") from error
+                raise UserError(
+                    f"prompt file '{name}' line {number}: not a JSON object with the key 'prompt'"
+                ) from error
         else:
             found.setdefault(line.strip(), {})
     if not found:

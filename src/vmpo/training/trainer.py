@@ -88,7 +88,13 @@ class Trainer:
         scored = evaluated_steps(parts.objective, steps, config.objective.intermediate)
         began = time.perf_counter()
         drawn = rollout(
-            parts.policy, parts.kernel, conditioning, seeds, batch=settings.micro_batch, x0_hat_at=scored, progress=progress
+            parts.policy,
+            parts.kernel,
+            conditioning,
+            seeds,
+            batch=settings.micro_batch,
+            x0_hat_at=scored,
+            progress=progress,
         )
         rolled = time.perf_counter()
         group = torch.arange(total) // settings.group
@@ -225,7 +231,9 @@ class Trainer:
             if not used:
                 facts = provenance(self.config.seed, self.accelerator.num_processes)
                 write_text(self.folder / "provenance.json", json.dumps(facts, indent=2))
-                write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+                write_text(
+                    self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+                )
         self.accelerator.wait_for_everyone()
         return used and self.restore()
 
