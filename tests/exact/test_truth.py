@@ -113,7 +113,7 @@ def test_error_at_a_fixed_kl_is_calibrated() -> None:
 
 
 def test_gap_of_a_policy_is_beta_times_its_kl_to_the_tilt() -> None:
-    log_z, reward, kl = exact(BETA)
+    _, reward, kl = exact(BETA)
     rewards = draw(400, 200, seed=7)
     assert beta_at_kl(rewards, kl) == pytest.approx(BETA, rel=0.02)
 
@@ -183,5 +183,5 @@ def test_entry_for_the_evaluation_file() -> None:
     [(torch.zeros(4), 0.1), (torch.zeros(2, 3), 0.0), (torch.full((2, 3), torch.inf), 0.1)],
 )
 def test_bad_input_is_named(rewards: Tensor, beta: float) -> None:
-    with pytest.raises(ValueError, match="must be|infinite"):
+    with pytest.raises(ValueError, match=r"must be|infinite"):
         tilt(rewards, beta)

@@ -263,12 +263,12 @@ def frontier(
             x, y = zip(*path, strict=True)
             axes.plot(x, y, color=theme.soft, linewidth=1.2, zorder=2)
             axes.scatter(
-                x, y, color=theme.aligned, s=12, alpha=0.55, linewidth=0, zorder=3, label="the run, epoch by epoch"
+                x, y, color=theme.aligned, s=12, alpha=0.55, linewidth=0, zorder=3, label="the run in training"
             )
         for mark, role, shape, label in (
             (base, "base", "s", "base"),
             (tilted, "truth", "D", "tilted distribution at β"),
-            (aligned, "aligned", "o", "aligned, held out"),
+            (aligned, "aligned", "o", "aligned"),
         ):
             if mark is not None:
                 colour = getattr(theme, role)

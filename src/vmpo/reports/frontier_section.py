@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -35,6 +36,13 @@ def _mark(kl: object, reward: object) -> Mark | None:
     return Mark(values[0], values[1], finite(section(kl).get("se")), finite(section(reward).get("se")))
 
 
+def _policy_mark(truth: dict[str, Any], table: Mark | None) -> Mark | None:
+    """The policy on the very prompts of the frontier; its vertical error is that of the gap, paired by prompt."""
+    gap = section(truth, "gap")
+    mark = _mark(gap.get("kl"), {"mean": gap.get("policy_reward"), "se": gap.get("se")})
+    return mark if mark is None or table is None else replace(mark, kl_se=table.kl_se)
+
+
 def _gap_sentence(truth: dict[str, Any]) -> str:
     gap = section(truth, "gap")
     kl, best, policy = (finite(gap.get(name)) for name in ("kl", "frontier_reward", "policy_reward"))
@@ -56,10 +64,15 @@ def frontier_section(record: RunRecord) -> str:
     path = run_path(record.metrics)
     metric = primary_metric(record.evaluation)
     base, aligned = (section(record.evaluation, who) for who in ("base", "aligned"))
+    metric = "reward" if "reward" in aligned else metric
     here = _mark(aligned.get("kl_ref"), aligned.get(metric)) if metric else None
+    here = _policy_mark(truth, here) or here
     if not points and not path and here is None:
         return title + '<p class="note">Neither the frontier nor the run\'s path is known yet.</p>'
     start = _mark(0.0, base.get(metric)) if metric else None
+    flat = max(points, key=lambda p: finite(p.get("beta")) or 0.0, default=None)
+    if flat is not None:  # base on the very samples of the frontier, which may be fewer prompts than the table's
+        start = _mark({"mean": 0.0}, {"mean": flat.get("reward"), "se": flat.get("reward_se")}) or start
     picture = attempt(
         "Expected reward against KL",
         "above the curve lies nothing that any policy can reach",

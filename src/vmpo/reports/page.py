@@ -16,9 +16,9 @@ from vmpo.reports.run_record import RunRecord, finite, read_run, section
 from vmpo.reports.style import CSS
 from vmpo.reports.wording import estimate_cell, label, number, plus_minus, primary_metric
 
-ORDER = ("ocr", "exact_match", "diversity", "style_entropy", "kl_ref", "ess", "log_z")
-TRUTH_OF = {"ocr": "reward", "diversity": "diversity", "kl_ref": "kl", "log_z": "log_z"}
-"""Which entry of the truth belongs in the row of a metric; the embedded task's reward is the OCR score."""
+ORDER = ("ocr", "exact_match", "reward", "diversity", "style_entropy", "kl_ref", "ess", "log_z", "var_log_w")
+TRUTH_OF = {"reward": "reward", "diversity": "diversity", "kl_ref": "kl", "log_z": "log_z"}
+"""Which entry of the truth belongs in the row of a metric."""
 
 
 def _headline(record: RunRecord) -> tuple[str, str]:
@@ -105,21 +105,18 @@ def _table(record: RunRecord) -> str:
         return title + '<p class="note">No evaluation yet: <code>vmpo evaluate</code> writes it.</p>'
     truth, difference = section(record.evaluation, "truth"), section(record.evaluation, "difference")
     beta = finite(truth.get("beta"))
+    # where the OCR score is the whole reward, one row tells both
+    same = "reward" not in base or _means(base, aligned, "ocr") == _means(base, aligned, "reward")
+    truth_of = TRUTH_OF | ({"ocr": "reward"} if same else {})
     rows = []
     for metric in metrics:
+        if metric == "reward" and same and "ocr" in metrics:
+            continue
         cells = [estimate_cell(side.get(metric)) for side in (base, aligned)]
         cells.append(estimate_cell(difference.get(metric), signed=True))
-        cells.append(estimate_cell(truth.get(TRUTH_OF.get(metric, metric))))
+        cells.append(estimate_cell(truth.get(truth_of.get(metric, metric))))
         rows.append(f'<tr><th scope="row">{escape(label(metric))}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
-    settings = section(record.evaluation, "settings")
-    said = [
-        f"{settings['words']} held-out words" if "words" in settings else "",
-        f"{settings['images_per_prompt']} pictures each" if "images_per_prompt" in settings else "",
-        f"sampler {settings['sampler']}" if "sampler" in settings else "",
-        f"seed {settings['seed']}" if "seed" in settings else "",
-    ]
-    extra = [f"{k} {v}" for k, v in settings.items() if k not in ("words", "images_per_prompt", "sampler", "seed")]
-    sentence = escape(", ".join(part for part in [*said, *extra] if part))
+    sentence = escape(", ".join(_said(section(record.evaluation, "settings"))))
     tilted = "Tilted truth" + ("" if beta is None else f", β = {beta:g}")
     return (
         f"{title}<p>{sentence}{'.' if sentence else ''} Mean ± one standard error over prompts. "
@@ -127,6 +124,24 @@ def _table(record: RunRecord) -> str:
         '<div class="scroll"><table><thead><tr><th></th><th>Base</th><th>Aligned</th><th>Difference</th>'
         f"<th>{escape(tilted)}</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _means(base: dict[str, Any], aligned: dict[str, Any], metric: str) -> list[float | None]:
+    return [finite(section(side, metric).get("mean")) for side in (base, aligned)]
+
+
+def _said(settings: dict[str, Any]) -> list[str]:
+    """The settings of the evaluation in words; what is not known here is named as it is."""
+    words = {
+        "words": "{} held-out words",
+        "images_per_prompt": "{} pictures each",
+        "deep_prompts": "for what lies within a prompt {} of them",
+        "deep_images_per_prompt": "with {} pictures each",
+        "sampler": "sampler {}",
+        "seed": "seed {}",
+    }
+    known = [text.format(settings[name]) for name, text in words.items() if name in settings]
+    return known + [f"{name} {value}".replace("_", " ") for name, value in settings.items() if name not in words]
 
 
 def _definitions(mapping: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ LABELS = {
     "diversity": "Diversity (total variance)",
     "style_entropy": "Style entropy, nats",
     "kl_ref": "KL to the reference, nats",
+    "reward": "Reward",
+    "var_log_w": "Var(log w), nats²",
     "ess": "Effective sample size",
     "log_z": "log Z, nats",
     "ocr_log_likelihood": "OCR log-likelihood, nats",

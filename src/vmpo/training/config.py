@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -183,10 +184,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is no valid YAML") from error
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[last] = value
 
 

@@ -29,3 +29,12 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
     torch.distributed.all_reduce(flat)
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = grad.view_as(parameter).clone()
+
+
+def slowest(seconds: float, accelerator: Accelerator) -> float:
+    """The longest of all processes' times, so that all of them stop a run at the same epoch."""
+    if accelerator.num_processes == 1:
+        return seconds
+    longest = torch.tensor(seconds, dtype=torch.float64, device=accelerator.device)
+    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+    return longest.item()

@@ -28,7 +28,7 @@ from vmpo.training.checks import check_adapter, check_ratio, check_rewards
 from vmpo.training.config import Config
 from vmpo.training.held_out import measure_held_out
 from vmpo.training.pictures import save_grid
-from vmpo.training.processes import gather_rows, share
+from vmpo.training.processes import gather_rows, share, slowest
 from vmpo.training.prompts import epoch_prompts
 from vmpo.training.provenance import provenance
 from vmpo.training.scoring import evaluated_steps, potentials, score_states
@@ -159,7 +159,7 @@ class Trainer:
         metrics |= {key: sum(t[key] for t in taken) / len(taken) for key in taken[0]}
         metrics["time_update"] = time.perf_counter() - updating
         self.epoch += 1
-        self.seconds += time.perf_counter() - began
+        self.seconds += slowest(time.perf_counter() - began, self.accelerator)
         counts = {"epoch": self.epoch, "samples": self.epoch * settings.prompts * settings.group}
         return {**counts, "seconds": self.seconds, **metrics}
 
@@ -218,8 +218,8 @@ class Trainer:
             written = yaml.safe_load((self.folder / "config.yaml").read_text())
             if written != self.config.model_dump(mode="json"):
                 raise UserError(
-                    f"run folder '{self.folder}' was begun with other settings; resume it with the recipe and overrides "
-                    f"it was begun with (its config.yaml holds them)"
+                    f"run folder '{self.folder}' was begun with other settings; resume it with those it was begun with "
+                    f"(its config.yaml holds them)"
                 )
         self.accelerator.wait_for_everyone()
         if main:

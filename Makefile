@@ -1,0 +1,54 @@
+# Two commands matter: `make demo` (set-up and the main job) and `make test` (set-up and tests).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check format lint types layers bench compare clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev,tensorboard]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/vmpo train glyphs --run $(RUN) --resume
+	$(BIN)/vmpo evaluate $(RUN)
+	$(BIN)/vmpo report $(RUN)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY) format-check lint types layers test
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: format-check
+format-check: $(READY)
+	$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+# Rollout and update speed against the machine's matrix-product rate (benchmarks/README.md).
+bench: $(READY)
+	$(BIN)/python benchmarks/throughput.py glyphs
+
+# The table of objectives in the README: every objective, three seeds, one budget; about 100 minutes on two cores.
+compare: $(READY)
+	$(BIN)/python benchmarks/objectives.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
