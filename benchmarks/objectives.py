@@ -90,9 +90,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         f"| base | {base['ocr']:.3f} | | {base['exact_match']:.3f} | {base['diversity']:.3f} | "
         f"{base['style_entropy']:.3f} | 0 | | {base['ess']:.3f} | |"
     )
-    lines.append(
-        f"| tilted truth | {truth['reward']:.3f} | | | {truth['diversity']:.3f} | | {truth['kl']:.3f} | 0 | 1 | |"
-    )
+    reward, diversity, kl = (f"{truth[m]:.3f}" for m in ("reward", "diversity", "kl"))
+    lines.append(f"| tilted truth | {reward} | | | {diversity} | | {kl} | 0 | 1 | |")
     return "\n".join(lines)
 
 

@@ -203,7 +203,7 @@ def _marginals(run: Evaluation, deep: dict[str, Samples], rows: list[int], beta:
 def _gallery(run: Evaluation, samples: dict[str, Samples], rows: list[int]) -> list[dict[str, Any]]:
     images = samples["base"].reward.shape[1]
     shown, reader = rows[:GALLERY], run.reader()
-    entries = [{"prompt": p, "word": _quoted(p)} for p in run.test.take(shown).prompts]
+    entries: list[dict[str, Any]] = [{"prompt": p, "word": _quoted(p)} for p in run.test.take(shown).prompts]
     for name, found in samples.items():
         first = found.images[: len(shown) * images : images]
         read = reader.read(first) if reader is not None else [""] * len(shown)

@@ -34,7 +34,11 @@ class Policy(Protocol):
 
     denoiser: nn.Module
     state_shape: tuple[int, ...]
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        ...
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encodes N prompts; each distinct prompt is encoded once."""

@@ -79,7 +79,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextMod
 
 
 def build_pipeline(vae: AutoencoderKL, seed: int = 0, layers: int = 6, width: int = 128) -> StableDiffusion3Pipeline:
-    """An untrained pipeline around a trained autoencoder: 3.5 M transformer parameters, 24 latent tokens of 8 x 8 pixels."""
+    """An untrained pipeline around a trained autoencoder: 3.5 M transformer parameters on 24 tokens of 8 x 8 pixels."""
     torch.manual_seed(seed)
     tokenizers = build_tokenizer(), build_tokenizer()
     encoders = build_text_encoder(tokenizers[0]), build_text_encoder(tokenizers[1])
@@ -240,17 +240,21 @@ def pretrain_glyphs(
     vae = train_autoencoder(scaled(settings.autoencoder_steps), seed=settings.seed, log=log)
     pipe = build_pipeline(vae, settings.seed)
     trainer = Trainer(pipe, settings)
-    stages = (
-        (scaled(settings.clean_steps), 0.0, lambda step: min((step + 1) / settings.warmup, 1.0)),
-        (scaled(settings.misspelt_steps), settings.misspelt_share, None),
-    )
+    counts = scaled(settings.clean_steps), scaled(settings.misspelt_steps)
+
+    def rise(step: int) -> float:
+        return min((step + 1) / settings.warmup, 1.0)
+
+    def fall(step: int) -> float:
+        return max(1 - step / counts[1], 0.02)
+
+    stages = ((counts[0], 0.0, rise), (counts[1], settings.misspelt_share, fall))
     for index, (steps, share, schedule) in enumerate(stages):
         log(f"stage {index + 1} of 2: {steps} steps, {share:.0%} of the captions with a misspelt picture")
         pool = encode_pool(
             vae, pipe.tokenizer, scaled(settings.pool), share, settings.misspelt_rate, settings.seed + index, log
         )
-        fall = schedule or (lambda step, steps=steps: max(1 - step / steps, 0.02))
-        train_stage(trainer, pool, steps, fall, log)
+        train_stage(trainer, pool, steps, schedule, log)
     trainer.swap_ema()
     pipe.save_pretrained(folder)
     facts = {**asdict(settings), "scale": scale, "hours": round((time.time() - began) / 3600, 2)}

@@ -41,7 +41,7 @@ VERBS = ("says", "reads", "shows", "spells")
 
 @dataclass(frozen=True)
 class Style:
-    """How a word is drawn: font, size in pixels, ink and ground (names), shift from the middle in [-1, 1] of its reach."""
+    """How a word is drawn: font, size in pixels, ink and ground by name, shift from the middle in [-1, 1]."""
 
     font: str
     size: int
