@@ -129,6 +129,28 @@ def test_a_missing_learned_centre_is_an_error(name: str) -> None:
         get_objective(name).row_loss(log_p[:, 0], log_p[:, 0], delta_phi[:, 0])
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("vmpo_diff", ("step", "learned", "squared", "difference", True, True, False, False)),
+        ("vmpo_r2g", ("step", "learned", "squared", "return_to_go", False, True, False, False)),
+        ("log_variance", ("step", "group", "surrogate", "return_to_go", False, True, False, True)),
+        ("trajectory_log_variance", ("trajectory", "group", "surrogate", "terminal", True, True, False, True)),
+        ("vmpo_clipped", ("step", "group", "clipped", "return_to_go", False, True, False, True)),
+        ("grpo", ("step", "group", "clipped", "return_to_go", False, False, False, False)),
+        ("grpo_std", ("step", "group", "clipped", "return_to_go", False, False, True, False)),
+    ],
+)
+def test_the_parts_of_each_named_method_are_the_published_ones(name: str, parts: tuple[object, ...]) -> None:
+    o = get_objective(name)
+    assert (o.level, o.centre, o.loss, o.potential, o.per_step, o.reference, o.standardise, o.bessel) == parts
+
+
+def test_every_named_method_has_its_parts_pinned() -> None:
+    pinned = {"vmpo_diff", "vmpo_r2g", "log_variance", "trajectory_log_variance", "vmpo_clipped", "grpo", "grpo_std"}
+    assert pinned == set(OBJECTIVES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_named_objective_says_what_it_is(name: str) -> None:
     objective = get_objective(name)

@@ -59,7 +59,7 @@ def _tiles(record: RunRecord) -> str:
         tiles.append((f"{exact[0]['mean']:.0%} → {exact[1]['mean']:.0%}", "spelt exactly right, base → aligned"))
     kl = section(record.evaluation, "aligned", "kl_ref")
     if finite(kl.get("mean")) is not None:
-        tiles.append((f"{_with_error(kl)} nats", "KL from the reference, a trajectory"))
+        tiles.append((_with_error(kl), "nats of KL from the reference, a trajectory"))
     gap = section(record.evaluation, "truth", "gap")
     if finite(gap.get("gap")) is not None:
         tiles.append(
@@ -114,7 +114,7 @@ def _table(record: RunRecord) -> str:
             continue
         cells = [estimate_cell(side.get(metric)) for side in (base, aligned)]
         cells.append(estimate_cell(difference.get(metric), signed=True))
-        cells.append(estimate_cell(truth.get(truth_of.get(metric, metric))))
+        cells.append(estimate_cell(truth.get(truth_of.get(metric, ""))))
         rows.append(f'<tr><th scope="row">{escape(label(metric))}</th>{"".join(f"<td>{c}</td>" for c in cells)}</tr>')
     sentence = escape(", ".join(_said(section(record.evaluation, "settings"))))
     tilted = "Tilted truth" + ("" if beta is None else f", β = {beta:g}")

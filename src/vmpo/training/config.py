@@ -73,6 +73,10 @@ class Objective(_Section):
     """What is minimised, at which temperature."""
 
     name: str = "vmpo_diff"
+    potential: Literal["return_to_go", "difference", "terminal"] | None = Field(
+        None, description="which potential; None: the method's own"
+    )
+    centre: Literal["group", "learned", "zero"] | None = Field(None, description="None: the method's own")
     beta: float = Field(0.1, gt=0, description="reward temperature: the target is p_ref·exp(r/beta)")
     kl_old: float = Field(1.0, ge=0, description="weight of KL(p_theta‖p_old), a step")
     kl_ref: float = Field(0.0, ge=0, description="weight of an explicit KL(p_theta‖p_ref), a step (Eq. 22)")

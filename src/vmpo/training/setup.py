@@ -56,6 +56,16 @@ def load_kernel_of(config: Config) -> Kernel:
     )
 
 
+def load_objective_of(config: Config) -> Objective:
+    """The named composition, with the parts that the configuration sets itself.
+
+    Raises:
+        UserError: if there is no such method, or the parts do not make a sound one.
+    """
+    own = {field: getattr(config.objective, field) for field in ("potential", "centre", "clip_range")}
+    return replace(get_objective(config.objective.name), **{k: v for k, v in own.items() if v is not None})
+
+
 def load_rewards_of(config: Config) -> dict[str, Reward]:
     """Trained-on and held-out rewards, by name."""
     return {name: load_reward(name) for name in dict.fromkeys([*config.reward.weights, *config.reward.held_out])}
@@ -75,9 +85,7 @@ def load_parts(config: Config, device: torch.device | str) -> Parts:
     Raises:
         UserError: if something is missing, or the parts do not fit together.
     """
-    objective = get_objective(config.objective.name)
-    if config.objective.clip_range is not None:
-        objective = replace(objective, clip_range=config.objective.clip_range)
+    objective = load_objective_of(config)
     kernel = load_kernel_of(config)
     if len(kernel.stochastic_steps) == 0:
         raise UserError(
