@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,7 +124,7 @@ def measure(config: Config, repeats: int) -> dict[str, Any]:
     rollout_flops = images * (steps * flops["forward"] + stochastic * flops["reference_forward"])
     both = [a + b for a, b in zip(sampling, scoring, strict=True)]
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware(),
         "torch": torch.__version__,
         "recipe": config.name,

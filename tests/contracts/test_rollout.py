@@ -49,7 +49,9 @@ def conditioning(policies: dict[str, StableDiffusion3Policy]) -> Conditioning:
 
 
 @torch.no_grad()
-def output_at(policy: StableDiffusion3Policy, kernel: Kernel, x_t: Tensor, k: int, conditioning: Conditioning) -> Tensor:
+def output_at(
+    policy: StableDiffusion3Policy, kernel: Kernel, x_t: Tensor, k: int, conditioning: Conditioning
+) -> Tensor:
     return policy.predict(x_t, torch.full((len(x_t),), float(kernel.times[k])), conditioning)
 
 

@@ -293,7 +293,7 @@ def frontier(
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.legend(loc="lower right", labelspacing=0.4, handlelength=1.8)
 
-    return _draw(draw, (6.4, 4.3))
+    return _draw(draw, (5.2, 3.6))
 
 
 def bars(shares: Mapping[str, Mapping[str, float]]) -> Picture:

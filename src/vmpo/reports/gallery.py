@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from vmpo.reports.figures import data_uri
 from vmpo.reports.run_record import RunRecord, finite, section
 
-FIRST, MOST = 18, 60
+FIRST, MOST = 12, 60
 """Pairs shown at once, and in all."""
 _LARGE = 100_000  # bytes above which a picture is embedded smaller
 

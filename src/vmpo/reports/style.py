@@ -88,7 +88,7 @@ img.pixel { image-rendering: pixelated; }
 .panel figcaption { font-size: .9rem; font-weight: 600; line-height: 1.35; margin-bottom: 6px; }
 .panel figcaption span { display: block; font-weight: 400; font-size: .8rem; color: var(--faint); }
 .panel img { display: block; width: 100%; height: auto; }
-.wide { max-width: 760px; }
+.wide { max-width: 700px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 th, td { text-align: right; padding: 9px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }

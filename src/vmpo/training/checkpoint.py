@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from vmpo.errors import UserError
 
@@ -61,7 +62,7 @@ def replace_folder(fill: Any, target: Path) -> None:
             shutil.rmtree(retired, ignore_errors=True)
         else:
             os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors report it
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}") from error
 

@@ -106,6 +106,7 @@ class Trainer:
             return combine(gathered, config.reward.weights, group, config.reward.combine)
 
         reward = total_reward(drawn.x_0)
+        check_rewards(reward, group)
         values = {s: total_reward(state) for s, state in drawn.x0_hat.items()}
         delta_phi = potentials(parts.objective, reward, values, steps, config.objective.beta)
         scale = self.updater.density_scale
@@ -135,7 +136,6 @@ class Trainer:
             "time_rollout": rolled - began,
             "time_rewards": time.perf_counter() - rolled,
         }
-        check_rewards(reward, group)
         return data, metrics
 
     def run_epoch(self, progress: Callable[[int], None] | None = None) -> Metrics:
