@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmpo.errors import UserError
-from vmpo.evaluation.diversity import total_variance
+from vmpo.evaluation.diversity import total_variance, total_variances
 from vmpo.evaluation.glyph_style import marginals_of, read_styles, style_entropy
 from vmpo.evaluation.statistics import clustered_mean, paired_difference
 from vmpo.evaluation.truth import measure_truth
@@ -43,6 +43,7 @@ class Samples:
         images: (P·M, 3, H, W), prompt by prompt.
         features: latents scaled so that their total variance is a mean over dimensions, (P, M, D).
         scores: {reward: (P, M)}; reward: the weighted total, (P, M).
+        read: what the recogniser read, prompt by prompt, or empty texts where no reward reads.
         log_ratio: log p_ref − log p of whole trajectories, nats, (P, M); kl: exact KL to the reference, nats, (P, M).
     """
 
@@ -50,6 +51,7 @@ class Samples:
     features: Tensor
     scores: dict[str, Tensor]
     reward: Tensor
+    read: list[str]
     log_ratio: Tensor
     kl: Tensor
 
@@ -98,6 +100,7 @@ class Evaluation:
         pictures = decode(policy, drawn.x_0, self.config.optimisation.micro_batch)
         self.report(f"{name} rewards", 0, total)
         scores = score_images(self.rewards, pictures, prompts.prompts, prompts.metadata)
+        reader = self.reader()
         group = torch.arange(len(rows)).repeat_interleave(images)
         reward = combine({n: scores[n] for n in self.config.reward.weights}, self.config.reward.weights, group)
         shape = (len(rows), images)
@@ -107,6 +110,7 @@ class Evaluation:
             features=(features / features.shape[1] ** 0.5).view(*shape, -1),
             scores={n: s.view(shape) for n, s in scores.items()},
             reward=reward.view(shape),
+            read=reader.read(pictures) if reader is not None else [""] * total,
             log_ratio=(drawn.log_p_ref - drawn.log_p_old).double().sum(1).cpu().view(shape),
             kl=drawn.kl_ref.double().sum(1).cpu().view(shape),
         )
@@ -136,8 +140,10 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
         wide_samples[name] = run.draw(wide, settings.final_images, aligned=name == "aligned", seed=seed)
         deep_samples[name] = run.draw(deep, settings.truth_images, aligned=name == "aligned", seed=seed + 1)
         found[name] = _metrics(run, wide_samples[name], deep_samples[name], wide, deep)
-    found["difference"] = _differences(wide_samples["base"], wide_samples["aligned"])
     base, aligned = deep_samples["base"], deep_samples["aligned"]
+    found["difference"] = _differences(run, wide_samples, wide) | {
+        "diversity": paired_difference(total_variances(base.features), total_variances(aligned.features)).as_dict()
+    }
     found["truth"] = measure_truth(base.reward, config.objective.beta, base.features, aligned.reward, aligned.kl)
     if config.model.path == "glyphs":
         found["marginals"] = _marginals(run, deep_samples, deep, config.objective.beta)
@@ -157,9 +163,8 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
 def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], deep_rows: list[int]) -> dict[str, Any]:
     found = {name: clustered_mean(score).as_dict() for name, score in wide.scores.items()}
     found["reward"] = clustered_mean(wide.reward).as_dict()
-    if (reader := run.reader()) is not None:
-        exact = _exact_matches(reader, wide, run.test.take(rows).prompts)
-        found["exact_match"] = clustered_mean(exact).as_dict()
+    if run.reader() is not None:
+        found["exact_match"] = clustered_mean(_exact_matches(wide, run.test.take(rows).prompts)).as_dict()
     found["diversity"] = total_variance(deep.features).as_dict()
     found["kl_ref"] = clustered_mean(torch.cat([wide.kl.mean(1), deep.kl.mean(1)])).as_dict()
     shape = deep.reward.shape
@@ -175,16 +180,21 @@ def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], dee
     return found
 
 
-def _differences(base: Samples, aligned: Samples) -> dict[str, Any]:
+def _differences(run: Evaluation, samples: dict[str, Samples], rows: list[int]) -> dict[str, Any]:
+    base, aligned = samples["base"], samples["aligned"]
     found = {name: paired_difference(base.scores[name], aligned.scores[name]).as_dict() for name in base.scores}
-    return found | {"reward": paired_difference(base.reward, aligned.reward).as_dict()}
+    found["reward"] = paired_difference(base.reward, aligned.reward).as_dict()
+    if run.reader() is not None:
+        prompts = run.test.take(rows).prompts
+        exact = [_exact_matches(s, prompts) for s in (base, aligned)]
+        found["exact_match"] = paired_difference(*exact).as_dict()
+    return found
 
 
-def _exact_matches(reader: LineRecogniser, samples: Samples, prompts: list[str]) -> Tensor:
+def _exact_matches(samples: Samples, prompts: list[str]) -> Tensor:
     images = samples.reward.shape[1]
     targets = [target_text(p).replace(" ", "").lower() for p in prompts for _ in range(images)]
-    read = reader.read(samples.images)
-    return torch.tensor([float(r == t) for r, t in zip(read, targets, strict=True)]).view(-1, images)
+    return torch.tensor([float(r == t) for r, t in zip(samples.read, targets, strict=True)]).view(-1, images)
 
 
 def _words(run: Evaluation, rows: list[int], images: int) -> list[str]:
@@ -202,11 +212,11 @@ def _marginals(run: Evaluation, deep: dict[str, Samples], rows: list[int], beta:
 
 def _gallery(run: Evaluation, samples: dict[str, Samples], rows: list[int]) -> list[dict[str, Any]]:
     images = samples["base"].reward.shape[1]
-    shown, reader = rows[:GALLERY], run.reader()
+    shown = rows[:GALLERY]
     entries: list[dict[str, Any]] = [{"prompt": p, "word": _quoted(p)} for p in run.test.take(shown).prompts]
     for name, found in samples.items():
         first = found.images[: len(shown) * images : images]
-        read = reader.read(first) if reader is not None else [""] * len(shown)
+        read = found.read[: len(shown) * images : images]
         for index, (entry, image) in enumerate(zip(entries, first, strict=True)):
             file = f"samples/evaluation/{name}-{index:03d}.png"
             save_image(image, run.folder / file)

@@ -15,7 +15,7 @@ LABELS = {
     "kl_ref": "KL to the reference, nats",
     "reward": "Reward",
     "var_log_w": "Var(log w), nats²",
-    "ess": "Effective sample size",
+    "ess": "Effective sample size, share",
     "log_z": "log Z, nats",
     "ocr_log_likelihood": "OCR log-likelihood, nats",
     "jpeg_compressibility": "JPEG compressibility",
