@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(600)  # three processes start, on a busy machine at their leisure
 LR = 3e-3
 EPOCHS = 2
 TIMES = ("seconds", "time_rollout", "time_rewards", "time_update")

@@ -217,6 +217,7 @@ def test_an_empty_folder_and_one_that_is_not_there(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_still_going(run: Path) -> None:
     (run / "evaluation.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:

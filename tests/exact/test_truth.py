@@ -106,7 +106,7 @@ def test_frontier_is_the_known_one_and_interpolates() -> None:
 
 
 def test_error_at_a_fixed_kl_is_calibrated() -> None:
-    kl = exact(BETA)[2]
+    kl = exact(0.2)[2]  # where the error at fixed KL is more than twice that at fixed temperature
     found = [reward_at_kl(optimal_frontier(draw(40, 64, seed)), kl) for seed in range(150)]
     spread = torch.tensor([reward for reward, _ in found]).std().item()
     assert sum(se for _, se in found) / len(found) == pytest.approx(spread, rel=0.2)
