@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vmpo.errors import UserError
 from vmpo.evaluation.diversity import total_variance, total_variances
-from vmpo.evaluation.glyph_style import marginals_of, read_styles, style_entropy
+from vmpo.evaluation.glyph_style import StyleReading, marginals_of, read_styles, style_entropy
 from vmpo.evaluation.statistics import clustered_mean, paired_difference
 from vmpo.evaluation.truth import measure_truth
 from vmpo.kernels import Kernel
@@ -166,7 +166,7 @@ def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], dee
     if run.reader() is not None:
         found["exact_match"] = clustered_mean(_exact_matches(wide, run.test.take(rows).prompts)).as_dict()
     found["diversity"] = total_variance(deep.features).as_dict()
-    found["kl_ref"] = clustered_mean(torch.cat([wide.kl.mean(1), deep.kl.mean(1)])).as_dict()
+    found["kl_ref"] = clustered_mean(wide.kl).as_dict()
     shape = deep.reward.shape
     log_w = deep.log_ratio + deep.reward / run.config.objective.beta
     group = torch.arange(shape[0]).repeat_interleave(shape[1])
@@ -175,8 +175,7 @@ def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], dee
     found["log_z"] = clustered_mean(weights.log_z).as_dict()
     found["var_log_w"] = clustered_mean(log_w.var(1)).as_dict()
     if run.config.model.path == "glyphs":
-        readings = read_styles(deep.images, _words(run, deep_rows, shape[1]))
-        found["style_entropy"] = style_entropy(readings, group.tolist()).as_dict()
+        found["style_entropy"] = style_entropy(_styles(run, deep, deep_rows), group.tolist()).as_dict()
     return found
 
 
@@ -197,13 +196,14 @@ def _exact_matches(samples: Samples, prompts: list[str]) -> Tensor:
     return torch.tensor([float(r == t) for r, t in zip(samples.read, targets, strict=True)]).view(-1, images)
 
 
-def _words(run: Evaluation, rows: list[int], images: int) -> list[str]:
-    return [target_text(p) for p in run.test.take(rows).prompts for _ in range(images)]
+def _styles(run: Evaluation, samples: Samples, rows: list[int]) -> list[StyleReading]:
+    # fonts are told apart by the letters that are there, so it is the word that was read that counts
+    wanted = [_quoted(p) for p in run.test.take(rows).prompts for _ in range(samples.reward.shape[1])]
+    return read_styles(samples.images, [read.upper() or word for read, word in zip(samples.read, wanted, strict=True)])
 
 
 def _marginals(run: Evaluation, deep: dict[str, Samples], rows: list[int], beta: float) -> dict[str, Any]:
-    images = deep["base"].reward.shape[1]
-    readings = {name: read_styles(s.images, _words(run, rows, images)) for name, s in deep.items()}
+    readings = {name: _styles(run, s, rows) for name, s in deep.items()}
     found = {name: marginals_of(r) for name, r in readings.items()}
     reward = deep["base"].reward.double()
     weights = torch.softmax(torch.where(reward.isfinite(), reward / beta, -torch.inf), dim=1)
