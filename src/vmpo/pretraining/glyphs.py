@@ -32,15 +32,15 @@ class Pretraining:
 
     autoencoder_steps: int = 2_000
     pool: int = 60_000
-    clean_steps: int = 5_000
-    misspelt_steps: int = 2_500
+    clean_steps: int = 4_500
+    misspelt_steps: int = 3_500
     batch: int = 96
     lr: float = 2e-3
     muon_lr: float = 2e-2
     warmup: int = 200
     ema: float = 0.998
     caption_dropout: float = 0.1
-    misspelt_share: float = 0.5
+    misspelt_share: float = 0.15
     misspelt_rate: float = 0.5
     seed: int = 0
 
