@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,10 @@ def evaluate(run: RunFolder) -> None:
     _begin()
     from vmpo.evaluation.evaluate import evaluate as run_evaluation
 
-    with console.status("loading") as status:
+    from vmpo.evaluation.truth import UntrustedTruth
+
+    with console.status("loading") as status, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrustedTruth)  # the table says it
         found = run_evaluation(run, lambda what, done, total: status.update(f"{what} {done}/{total}"))
     _print_evaluation(found)
 
@@ -147,6 +151,8 @@ def _print_evaluation(found: dict[str, Any]) -> None:
         cells = [f"{e['mean']:.3f} ± {e['se']:.3f}" if e is not None else "" for e in (base, aligned, true)]
         table.add_row(metric, *cells)
     console.print(table)
+    if "note" in truth:
+        console.print(f"note: {truth['note']}", soft_wrap=True)
     gap = truth.get("gap")
     if gap:
         console.print(

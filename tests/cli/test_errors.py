@@ -310,4 +310,4 @@ def test_exit_code_and_message_of_the_real_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines() == ["vmpo: no recipe 'glyph'; did you mean 'glyphs'?; 'vmpo recipes' lists them"]
+    assert done.stderr.splitlines() == ["vmpo: no recipe 'glyph'; did you mean 'glyphs'? 'vmpo recipes' lists them"]

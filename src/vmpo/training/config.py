@@ -158,7 +158,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"recipe file '{name}' cannot be read: {error.strerror}") from error
     else:
-        raise UserError(f"no recipe '{name}'{_nearest(name, recipe_names())}; 'vmpo recipes' lists them")
+        raise UserError(f"no recipe '{name}'{_nearest(name, recipe_names())} 'vmpo recipes' lists them")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -231,4 +231,4 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}."
