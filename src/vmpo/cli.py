@@ -66,7 +66,6 @@ def evaluate(run: RunFolder) -> None:
     """Measure base and aligned on held-out prompts, with the truth beside them."""
     _begin()
     from vmpo.evaluation.evaluate import evaluate as run_evaluation
-
     from vmpo.evaluation.truth import UntrustedTruth
 
     with console.status("loading") as status, warnings.catch_warnings():
