@@ -46,7 +46,7 @@ layers: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py glyphs
 
-# The table of objectives in the README: every objective, three seeds, one budget; about 100 minutes on two cores.
+# The table of objectives in the README: seven objectives, three seeds, the full budget: about four hours on two cores.
 compare: $(READY)
 	$(BIN)/python benchmarks/objectives.py
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vmpo.kernels import Kernel
 from vmpo.policies.policy import Policy
-from vmpo.rewards import Reward, combine
+from vmpo.rewards import Reward, combine, score_images
 from vmpo.rollouts import rollout
 from vmpo.training.processes import gather_rows, share
 from vmpo.training.prompts import PromptSet
-from vmpo.training.scoring import decode, score_images
+from vmpo.training.scoring import decode
 
 
 @dataclass(frozen=True)

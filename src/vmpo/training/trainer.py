@@ -114,18 +114,19 @@ class Trainer:
         def everywhere(local_rows: Tensor) -> Tensor:
             return gather_rows(local_rows.cpu(), mine, total, self.accelerator)
 
+        log_p_old, log_p_ref = everywhere(drawn.log_p_old), everywhere(drawn.log_p_ref)
         data = Rollout(
             trajectory=drawn,
             conditioning=conditioning,
             rows=mine,
             group=group,
-            log_p_old=scale * everywhere(drawn.log_p_old),
-            log_p_ref=scale * everywhere(drawn.log_p_ref),
+            log_p_old=scale * log_p_old,
+            log_p_ref=scale * log_p_ref,
             delta_phi=delta_phi,
         )
         # the weight of a trajectory as a sample of the tilted target, whatever the potential that trains it
         tilt = terminal(reward.double(), steps, config.objective.beta)
-        weights = LogWeights((everywhere(drawn.log_p_ref) - everywhere(drawn.log_p_old)).double() + tilt, group)
+        weights = LogWeights((log_p_ref - log_p_old).double() + tilt, group)
         metrics = {
             "reward_mean": reward.nanmean().item(),
             "reward_std": reward[torch.isfinite(reward)].std().item(),
