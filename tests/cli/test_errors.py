@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from tests import scenarios
 from vmpo.errors import UserError
 from vmpo.training import checkpoint
 from vmpo.training.checkpoint import replace_folder
@@ -136,6 +139,17 @@ def test_reward_that_fails_always(vmpo: Vmpo, settings: list[str], tmp_path: Pat
     assert all(why in line for line in lines[:-1]), "what is said besides is the reason, and nothing else"
 
 
+def test_rewards_may_stop_varying_once_a_run_has_begun(
+    vmpo: Vmpo, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    working = scenarios.brightness
+    monkeypatch.setattr(scenarios, "brightness", lambda *given: working(*given) * (next(calls) < 1))
+    assert train_with(vmpo, settings, "brightness", tmp_path / "run")[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["zero_std_ratio"] for r in records] == [0, 1, 1]
+
+
 def test_reward_that_fails_sometimes_goes_on_and_is_counted(vmpo: Vmpo, settings: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, lines, out = train_with(vmpo, settings, "some_nan", run)
@@ -166,6 +180,15 @@ def test_run_folder_in_use(vmpo: Vmpo, settings: list[str], tmp_path: Path) -> N
     one_line(vmpo(*words), str(run), "already in use", "--resume")
     one_line(vmpo(*words, "optimisation.lr=0.5", "--resume"), str(run), "other settings", "config.yaml")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, "a refused run touches nothing"
+
+
+def test_run_folder_of_a_living_process(vmpo: Vmpo, settings: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", "glyphs", *settings, "--run", run, "--resume"]
+    with FileLock(run / ".lock"):
+        one_line(vmpo(*words), str(run), "still running")
+        assert [p.name for p in run.iterdir()] == [".lock"], "a refused run touches nothing"
+    assert vmpo(*words)[0] == 0
 
 
 def test_not_a_run_folder(vmpo: Vmpo, tmp_path: Path) -> None:

@@ -70,3 +70,22 @@ def test_evaluate_and_report(vmpo: Vmpo, settings: list[str], tmp_path: Path) ->
     again = tmp_path / "again"
     shutil.copytree(run, again)
     assert evaluated(vmpo, again)[0] == found, "an evaluation is a function of the run"
+
+
+def test_a_mean_over_dimensions_is_measured_at_the_temperature_it_means(
+    vmpo: Vmpo, settings: list[str], tmp_path: Path
+) -> None:
+    dimension, beta = 4 * 6 * 16, 0.2
+    words = [*settings, "optimisation.epochs=1", "optimisation.updates=1"]
+    first, truths = [], []
+    for log_prob, nominal in (("sum", beta), ("mean", beta * dimension)):
+        run = tmp_path / log_prob
+        own = [f"objective.log_prob={log_prob}", f"objective.beta={nominal}"]
+        assert vmpo("train", "glyphs", *words, *own, "--run", run)[0] == 0
+        first.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[0]))
+        truths.append(evaluated(vmpo, run)[0]["truth"])
+    for metric in ("var_log_w", "ess", "log_z"):
+        assert first[0][metric] == pytest.approx(first[1][metric], rel=1e-6), metric
+    assert first[0]["var_log_w"] > 1e-3
+    assert [t["beta"] for t in truths] == pytest.approx([beta, beta])
+    assert truths[0]["reward"]["mean"] == pytest.approx(truths[1]["reward"]["mean"], rel=1e-6)

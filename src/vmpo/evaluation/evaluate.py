@@ -29,7 +29,7 @@ from vmpo.training.config import Config, validate_config
 from vmpo.training.pictures import save_image
 from vmpo.training.prompts import PromptSet
 from vmpo.training.scoring import decode
-from vmpo.training.setup import load_kernel_of, load_policy_of, load_prompts_of, load_rewards_of
+from vmpo.training.setup import density_scale, load_kernel_of, load_policy_of, load_prompts_of, load_rewards_of
 
 GALLERY = 24
 Report = Callable[[str, int, int], None]
@@ -80,6 +80,7 @@ class Evaluation:
         self.kernel: Kernel = load_kernel_of(config)
         self.policy = load_policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
         load_lora(self.policy, folder / "adapter")
+        self.beta = config.objective.beta * density_scale(config, self.policy)  # of the exact densities
 
     def draw(self, rows: list[int], images: int, *, aligned: bool, seed: int) -> Samples:
         """M pictures a prompt; picture m of prompt p starts from the same noise whatever the policy."""
@@ -144,9 +145,9 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
     found["difference"] = _differences(run, wide_samples, wide) | {
         "diversity": paired_difference(total_variances(base.features), total_variances(aligned.features)).as_dict()
     }
-    found["truth"] = measure_truth(base.reward, config.objective.beta, base.features, aligned.reward, aligned.kl)
+    found["truth"] = measure_truth(base.reward, run.beta, base.features, aligned.reward, aligned.kl)
     if config.model.path == "glyphs":
-        found["marginals"] = _marginals(run, deep_samples, deep, config.objective.beta)
+        found["marginals"] = _marginals(run, deep_samples, deep)
     found["gallery"] = _gallery(run, wide_samples, wide)
     found["settings"] = {
         "words": len(wide),
@@ -168,7 +169,7 @@ def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], dee
     found["diversity"] = total_variance(deep.features).as_dict()
     found["kl_ref"] = clustered_mean(wide.kl).as_dict()
     shape = deep.reward.shape
-    log_w = deep.log_ratio + deep.reward / run.config.objective.beta
+    log_w = deep.log_ratio + deep.reward / run.beta
     group = torch.arange(shape[0]).repeat_interleave(shape[1])
     weights = LogWeights(log_w.flatten()[:, None], group)
     found["ess"] = clustered_mean(weights.ess).as_dict()
@@ -202,11 +203,11 @@ def _styles(run: Evaluation, samples: Samples, rows: list[int]) -> list[StyleRea
     return read_styles(samples.images, [read.upper() or word for read, word in zip(samples.read, wanted, strict=True)])
 
 
-def _marginals(run: Evaluation, deep: dict[str, Samples], rows: list[int], beta: float) -> dict[str, Any]:
+def _marginals(run: Evaluation, deep: dict[str, Samples], rows: list[int]) -> dict[str, Any]:
     readings = {name: _styles(run, s, rows) for name, s in deep.items()}
     found = {name: marginals_of(r) for name, r in readings.items()}
     reward = deep["base"].reward.double()
-    weights = torch.softmax(torch.where(reward.isfinite(), reward / beta, -torch.inf), dim=1)
+    weights = torch.softmax(torch.where(reward.isfinite(), reward / run.beta, -torch.inf), dim=1)
     return found | {"truth": marginals_of(readings["base"], weights.flatten())}
 
 

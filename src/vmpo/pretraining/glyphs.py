@@ -1,8 +1,8 @@
 """Trains the embedded pipeline `glyphs`: a small StableDiffusion3Pipeline that draws words and often misspells them.
 
-Two stages: first every caption is right, so the network learns how letters look and where they go; then a known
-share of the captions has a misspelt picture, as web data has. The second stage leaves the letters clean and makes
-the model spread over spellings, which is what alignment then has to undo.
+The data comes from a careful and a careless source, and part of the captions say which (`words`). So the network learns
+how letters look and what good spelling is, and spreads over right and wrong when the caption leaves the source open,
+which is what alignment then has to undo.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -20,10 +21,30 @@ from tokenizers import AddedToken
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from vmpo.errors import UserError
 from vmpo.pretraining.autoencoder import picture_tensor, train_autoencoder
-from vmpo.pretraining.words import NOUNS, VERBS, caption, misspell, random_style, random_word, render
+from vmpo.pretraining.words import (
+    MISSPELT_SHARE,
+    NOUNS,
+    VERBS,
+    caption,
+    misspell,
+    random_style,
+    random_word,
+    render,
+)
 
 MAX_TOKENS = 14
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """`steps` batches; the learning rates rise to `peak` of the full ones and fall to 0 over the last `decay` share."""
+
+    steps: int
+    peak: float = 1.0
+    decay: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,18 +52,23 @@ class Pretraining:
     """Settings of a pretraining run; one 'step' is one batch."""
 
     autoencoder_steps: int = 2_000
-    pool: int = 60_000
-    clean_steps: int = 4_500
-    misspelt_steps: int = 3_500
+    pool: int = 80_000
+    cycles: tuple[Cycle, ...] = (Cycle(14_000), Cycle(9_000, peak=0.5, decay=0.9))
     batch: int = 96
     lr: float = 2e-3
     muon_lr: float = 2e-2
     warmup: int = 200
     ema: float = 0.998
     caption_dropout: float = 0.1
-    misspelt_share: float = 0.15
-    misspelt_rate: float = 0.5
+    handmade_share: float = 0.5
+    named_share: float = 0.6  # of the captions say the source
+    misspelt_rate: float = 0.7
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Batches of all cycles."""
+        return sum(cycle.steps for cycle in self.cycles)
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -55,7 +81,7 @@ def build_tokenizer() -> CLIPTokenizer:
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=MAX_TOKENS)
-    frame = ("a", "that", *NOUNS, *VERBS)
+    frame = ("a", *MISSPELT_SHARE, "that", *NOUNS, *VERBS)
     tokenizer.add_tokens([AddedToken(w, single_word=True, normalized=False) for w in frame])
     return tokenizer
 
@@ -118,27 +144,28 @@ class Pool:
     tokens: torch.Tensor
 
 
+def captioned(settings: Pretraining, rng: random.Random) -> tuple[str, str]:
+    """A caption and the word its picture shows."""
+    word = random_word(rng)
+    source = "handmade" if rng.random() < settings.handmade_share else "printed"
+    drawn = misspell(word, settings.misspelt_rate, rng) if rng.random() < MISSPELT_SHARE[source] else word
+    return caption(word, rng, source if rng.random() < settings.named_share else "a"), drawn
+
+
 @torch.no_grad()
 def encode_pool(
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    n: int,
-    share: float,
-    rate: float,
-    seed: int,
-    log: Callable[[str], None],
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, settings: Pretraining, log: Callable[[str], None]
 ) -> Pool:
-    """Draws n captioned pictures, `share` of them misspelt, and encodes them once."""
-    rng, latents, captions = random.Random(seed), [], []
+    """Draws `settings.pool` captioned pictures and encodes them once."""
+    rng, latents, captions = random.Random(settings.seed), list[torch.Tensor](), list[str]()
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    for start in range(0, n, 500):
-        words = [random_word(rng) for _ in range(min(500, n - start))]
-        drawn = [misspell(w, rate, rng) if rng.random() < share else w for w in words]
-        x = picture_tensor([render(w, random_style(rng)) for w in drawn])
+    while len(captions) < settings.pool:
+        chunk = [captioned(settings, rng) for _ in range(min(500, settings.pool - len(captions)))]
+        x = picture_tensor([render(drawn, random_style(rng)) for _, drawn in chunk])
         latents.append(((vae.encode(x).latent_dist.sample() - shift) * scale).half())
-        captions += [caption(w, rng) for w in words]
-        if start % 20_000 == 0:
-            log(f"pool {start}/{n}")
+        captions += [text for text, _ in chunk]
+        if len(captions) % 20_000 == 0:
+            log(f"pictures {len(captions)}/{settings.pool}")
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return Pool(torch.cat(latents), tokens.input_ids)
 
@@ -153,8 +180,10 @@ def encode_text(pipe: StableDiffusion3Pipeline, tokens: torch.Tensor) -> tuple[t
 class Trainer:
     """Rectified flow (Liu et al. 2022, arXiv 2209.03003): v = x_1 − x_0 regressed at x_s = (1−s)·x_0 + s·x_1."""
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, settings: Pretraining) -> None:
+    def __init__(self, pipe: StableDiffusion3Pipeline, settings: Pretraining, compiled: bool = False) -> None:
         self.pipe, self.settings = pipe, settings
+        # the pipeline keeps the plain module, so that what is saved does not know of the compiler
+        self.predict = torch.compile(pipe.transformer.forward) if compiled else pipe.transformer
         self.modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
         matrices = [p for n, p in pipe.transformer.transformer_blocks.named_parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
@@ -167,10 +196,22 @@ class Trainer:
         self.base_lrs = (settings.muon_lr, settings.lr)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.done = 0
         empty = pipe.tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         self.empty = empty.input_ids[0]
 
-    def step(self, pool: Pool, lr_scale: float) -> float:
+    def lr_scale(self) -> float:
+        """The present share of the full learning rates."""
+        done = self.done
+        for cycle in self.settings.cycles:
+            if done < cycle.steps:
+                rise = min((done + 1) / self.settings.warmup, 1.0)
+                return cycle.peak * min(rise, (cycle.steps - done) / (cycle.decay * cycle.steps))
+            done -= cycle.steps
+        return 0.0
+
+    def step(self, pool: Pool) -> float:
+        """One batch; returns its loss."""
         n, g = self.settings.batch, self.generator
         rows = torch.randint(len(pool.latents), (n,), generator=g)
         x_0, tokens = pool.latents[rows].float(), pool.tokens[rows].clone()
@@ -181,7 +222,7 @@ class Trainer:
         # on so few tokens plain matrix products are faster on a CPU than the flash kernel's backward pass
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
             states, pooled = encode_text(self.pipe, tokens)
-            v = self.pipe.transformer(
+            v = self.predict(
                 hidden_states=x_s,
                 timestep=1000 * s,
                 encoder_hidden_states=states,
@@ -193,13 +234,15 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = lr * lr_scale
+                group["lr"] = lr * self.lr_scale()
             optimizer.step()
             optimizer.zero_grad()
+        self.done += 1
+        self.update_ema()
         return loss.item()
 
-    def update_ema(self, done: int) -> None:
-        decay = min(self.settings.ema, (1 + done) / (10 + done))
+    def update_ema(self) -> None:
+        decay = min(self.settings.ema, (1 + self.done) / (10 + self.done))
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
 
@@ -211,20 +254,42 @@ class Trainer:
                 p.copy_(e)
                 e.copy_(kept)
 
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on exactly where this is."""
+        return {
+            "settings": asdict(self.settings),
+            "done": self.done,
+            "parameters": [p.detach() for p in self.parameters],
+            "ema": self.ema,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "generator": self.generator.get_state(),
+        }
 
-def train_stage(
-    trainer: Trainer, pool: Pool, steps: int, schedule: Callable[[int], float], log: Callable[[str], None]
-) -> None:
-    """Runs `steps` batches; `schedule(step)` scales the learning rates."""
-    began, window = time.time(), list[float]()
-    for step in range(steps):
-        window.append(trainer.step(pool, schedule(step)))
-        trainer.update_ema(step + 1)
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            rate = (step + 1) / (time.time() - began)
-            left = (steps - step - 1) / rate / 60
-            log(f"step {step + 1}/{steps}  loss {sum(window) / len(window):.4f}  {left:.0f} min left")
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+        self.done = state["done"]
+        with torch.no_grad():
+            for mine, kept in zip([*self.parameters, *self.ema], [*state["parameters"], *state["ema"]], strict=True):
+                mine.copy_(kept)
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.generator.set_state(state["generator"])
+
+
+def train(trainer: Trainer, pool: Pool, folder: Path, log: Callable[[str], None]) -> None:
+    """Runs the steps that are left; keeps the whole state every 1,000 of them and at the end."""
+    began, first, window = time.time(), trainer.done, list[float]()
+    total = trainer.settings.steps
+    while trainer.done < total:
+        window.append(trainer.step(pool))
+        if trainer.done % 50 == 0 or trainer.done == total:
+            left = (total - trainer.done) * (time.time() - began) / (trainer.done - first) / 60
+            log(f"step {trainer.done}/{total}  loss {sum(window) / len(window):.4f}  {left:.0f} min left")
             window = []
+        if trainer.done % 1_000 == 0 or trainer.done == total:
+            partial = folder / "state.partial"
+            torch.save(trainer.state(), partial)
+            partial.replace(folder / STATE)
 
 
 def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
@@ -235,35 +300,56 @@ def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
 
 
 def pretrain_glyphs(
-    folder: Path, *, scale: float = 1.0, settings: Pretraining | None = None, log: Callable[[str], None] = print
+    folder: Path,
+    *,
+    scale: float = 1.0,
+    settings: Pretraining | None = None,
+    compiled: bool = False,
+    log: Callable[[str], None] = print,
 ) -> StableDiffusion3Pipeline:
-    """Trains autoencoder and transformer and writes the pipeline to `folder`; `scale` shortens every stage."""
-    settings = settings or Pretraining()
-    began = time.time()
+    """Trains autoencoder and transformer and writes the pipeline to `folder`, or goes on with what was begun there.
 
-    def scaled(steps: int) -> int:
-        return max(1, round(steps * scale))
+    Args:
+        scale: shortens everything, for trials.
+        compiled: compiles the transformer (a minute, needs a C++ compiler), which takes a third off each step.
 
-    vae = train_autoencoder(scaled(settings.autoencoder_steps), seed=settings.seed, log=log)
+    Raises:
+        UserError: if the folder holds a run with other settings.
+    """
+    settings = scaled(settings or Pretraining(), scale)
+    folder.mkdir(parents=True, exist_ok=True)
+    began, vae_folder, state_file = time.time(), folder / "vae", folder / STATE
+    state = torch.load(state_file, weights_only=True) if state_file.is_file() else None
+    if state is not None and state["settings"] != asdict(settings):
+        raise UserError(f"'{folder}' holds a pretraining run with other settings; pass another --out")
+    if state is not None:
+        vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    else:
+        vae = train_autoencoder(settings.autoencoder_steps, seed=settings.seed, log=log)
+        vae.save_pretrained(vae_folder)
+    torch.manual_seed(settings.seed)  # the pool samples the autoencoder's posterior
     pipe = build_pipeline(vae, settings.seed)
-    trainer = Trainer(pipe, settings)
-    counts = scaled(settings.clean_steps), scaled(settings.misspelt_steps)
-
-    def rise(step: int) -> float:
-        return min((step + 1) / settings.warmup, 1.0)
-
-    def fall(step: int) -> float:
-        return max(1 - step / counts[1], 0.02)
-
-    stages = ((counts[0], 0.0, rise), (counts[1], settings.misspelt_share, fall))
-    for index, (steps, share, schedule) in enumerate(stages):
-        log(f"stage {index + 1} of 2: {steps} steps, {share:.0%} of the captions with a misspelt picture")
-        pool = encode_pool(
-            vae, pipe.tokenizer, scaled(settings.pool), share, settings.misspelt_rate, settings.seed + index, log
-        )
-        train_stage(trainer, pool, steps, schedule, log)
+    trainer = Trainer(pipe, settings, compiled)
+    if state is not None:
+        trainer.load_state(state)
+        log(f"goes on at step {trainer.done}")
+    train(trainer, encode_pool(vae, pipe.tokenizer, settings, log), folder, log)
     trainer.swap_ema()
     save_pipeline(pipe, folder)
-    facts = {**asdict(settings), "scale": scale, "hours": round((time.time() - began) / 3600, 2)}
+    facts = {**asdict(settings), "hours": round((time.time() - began) / 3600, 2)}
     (folder / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n")
     return pipe
+
+
+def scaled(settings: Pretraining, scale: float) -> Pretraining:
+    """The settings with every count shortened."""
+
+    def shorter(count: int) -> int:
+        return max(1, round(count * scale))
+
+    return replace(
+        settings,
+        autoencoder_steps=shorter(settings.autoencoder_steps),
+        pool=shorter(settings.pool),
+        cycles=tuple(replace(cycle, steps=shorter(cycle.steps)) for cycle in settings.cycles),
+    )

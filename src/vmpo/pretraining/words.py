@@ -3,6 +3,10 @@
 A picture shows one upper-case word in one of three fonts, on a plain ground, at a random size,
 colour and position. None of these is named by the caption, so a model of this data must spread
 over all of them; only the spelling is asked for.
+
+Pictures come from two sources, as web data does: printed ones are almost all spelt right, handmade
+ones mostly not. Some captions name the source, most do not, so a model of this data knows what good
+spelling is and yet misspells about half of the time when nothing is said of it.
 """
 
 from __future__ import annotations
@@ -34,6 +38,10 @@ GROUNDS = {
     "night": (35, 38, 52),
 }
 INKS_ON = {"paper": ("black", "red", "green", "blue"), "night": ("white", "yellow")}
+
+MISSPELT_SHARE = {"printed": 0.03, "handmade": 0.9}
+"""Share of a source's pictures in which the word is misspelt."""
+KEYBOARD = ("QWERTYUIOP", "ASDFGHJKL", "ZXCVBNM")
 
 NOUNS = ("sign", "label", "poster", "banner", "sticker")
 VERBS = ("says", "reads", "shows", "spells")
@@ -90,16 +98,24 @@ def render(word: str, style: Style) -> np.ndarray:
     return np.asarray(picture)
 
 
-def caption(word: str, rng: random.Random) -> str:
-    """A sentence with the word in double quotes, e.g. ``a sign that says "HELLO"``."""
-    return f'a {rng.choice(NOUNS)} that {rng.choice(VERBS)} "{word}"'
+def caption(word: str, rng: random.Random, source: str = "a") -> str:
+    """A sentence with the word in double quotes, e.g. ``a sign that says "HELLO"``; a source takes the place of "a"."""
+    return f'{source} {rng.choice(NOUNS)} that {rng.choice(VERBS)} "{word}"'
+
+
+@cache
+def neighbours(letter: str) -> str:
+    """The keys beside a letter's on a keyboard: one or two."""
+    row = next(row for row in KEYBOARD if letter in row)
+    place = row.index(letter)
+    return row[max(place - 1, 0) : place] + row[place + 1 : place + 2]
 
 
 def misspell(word: str, rate: float, rng: random.Random) -> str:
-    """Replaces each letter with probability `rate` by another one, at least one in all."""
+    """Slips of the hand: replaces each letter with probability `rate` by a neighbour's key, at least one in all."""
     forced = rng.randrange(len(word))
     return "".join(
-        rng.choice(LETTERS.replace(letter, "")) if i == forced or rng.random() < rate else letter
+        rng.choice(neighbours(letter)) if i == forced or rng.random() < rate else letter
         for i, letter in enumerate(word)
     )
 

@@ -240,52 +240,22 @@ def frontier(
     known = sorted(
         (kl, reward, se, trusted) for kl, reward, se, trusted in rows if kl is not None and reward is not None
     )
+    end = max((row[0] for row in known), default=0.0)
+    marks = [mark for mark in (base, aligned, tilted) if mark is not None]
+    widest = max([end, *(kl for kl, _ in path), *(m.kl + (m.kl_se or 0) for m in marks), 1e-6])
 
     def draw(axes: Axes, theme: Theme) -> None:
-        marks = [mark for mark in (base, aligned, tilted) if mark is not None]
-        end = max((row[0] for row in known), default=0.0)
-        widest = max([end, *(kl for kl, _ in path), *(m.kl + (m.kl_se or 0) for m in marks), 1e-6])
         if known:
-            kl, reward, se = (np.array([row[i] for row in known]) for i in range(3))
-            solid = np.array([row[3] for row in known])
-            axes.fill_between(kl, reward - se, reward + se, color=theme.truth, alpha=0.18, linewidth=0)
-            cut = int(np.argmin(solid)) if not solid.all() else len(kl)
-            axes.plot(kl[:cut], reward[:cut], color=theme.truth, linewidth=2, label="optimal frontier")
-            if cut < len(kl):
-                start = max(cut - 1, 0)
-                axes.plot(kl[start:], reward[start:], color=theme.truth, linewidth=1.6, linestyle=(0, (3, 2)))
-                axes.plot(
-                    [], [], color=theme.truth, linewidth=1.6, linestyle=(0, (3, 2)), label="… few effective samples"
-                )
-            if widest > 1.05 * end:  # nothing lies above the largest reward, at whatever KL
-                axes.plot([kl[-1], widest * 1.08], [reward[-1]] * 2, color=theme.truth, linewidth=1.1, linestyle=":")
+            _draw_optimum(axes, theme, known, widest)
         if path:
             x, y = zip(*path, strict=True)
             axes.plot(x, y, color=theme.soft, linewidth=1.2, zorder=2)
             axes.scatter(
                 x, y, color=theme.aligned, s=12, alpha=0.55, linewidth=0, zorder=3, label="the run in training"
             )
-        for mark, role, shape, label in (
-            (base, "base", "s", "base"),
-            (tilted, "truth", "D", "tilted distribution at β"),
-            (aligned, "aligned", "o", "aligned"),
-        ):
-            if mark is not None:
-                colour = getattr(theme, role)
-                axes.errorbar(
-                    [mark.kl],
-                    [mark.reward],
-                    xerr=None if mark.kl_se is None else [mark.kl_se],
-                    yerr=None if mark.reward_se is None else [mark.reward_se],
-                    fmt=shape,
-                    color=colour,
-                    markersize=7,
-                    markeredgecolor=theme.ground,
-                    capsize=3,
-                    elinewidth=1.4,
-                    zorder=5,
-                    label=label,
-                )
+        _draw_mark(axes, theme, base, "base", "s", "base")
+        _draw_mark(axes, theme, tilted, "truth", "D", "tilted distribution at β")
+        _draw_mark(axes, theme, aligned, "aligned", "o", "aligned")
         if known:
             _scale_kl(axes, widest, end)
         axes.set_xlabel("KL to the reference, nats")
@@ -294,6 +264,47 @@ def frontier(
         axes.legend(loc="lower right", labelspacing=0.4, handlelength=1.8)
 
     return _draw(draw, (5.2, 3.6))
+
+
+def _draw_optimum(axes: Axes, theme: Theme, known: list[tuple[float, float, float, bool]], widest: float) -> None:
+    """The frontier (KL, reward, error, trusted), sorted, with its band; dashed from the first thin point on."""
+    kl, reward, se = (np.array([row[i] for row in known]) for i in range(3))
+    solid = np.array([row[3] for row in known])
+    axes.fill_between(kl, reward - se, reward + se, color=theme.truth, alpha=0.18, linewidth=0)
+    cut = int(np.argmin(solid)) if not solid.all() else len(kl)
+    axes.plot(kl[:cut], reward[:cut], color=theme.truth, linewidth=2, label="optimal frontier")
+    if cut < len(kl):
+        start = max(cut - 1, 0)
+        dashes = (0, (3, 2))
+        axes.plot(
+            kl[start:],
+            reward[start:],
+            color=theme.truth,
+            linewidth=1.6,
+            linestyle=dashes,
+            label="… few effective samples",
+        )
+    if widest > 1.05 * kl[-1]:  # nothing lies above the largest reward, at whatever KL
+        axes.plot([kl[-1], widest * 1.08], [reward[-1]] * 2, color=theme.truth, linewidth=1.1, linestyle=":")
+
+
+def _draw_mark(axes: Axes, theme: Theme, mark: Mark | None, role: Role, shape: str, label: str) -> None:
+    if mark is None:
+        return
+    axes.errorbar(
+        [mark.kl],
+        [mark.reward],
+        xerr=None if mark.kl_se is None else [mark.kl_se],
+        yerr=None if mark.reward_se is None else [mark.reward_se],
+        fmt=shape,
+        color=theme.of(role),
+        markersize=7,
+        markeredgecolor=theme.ground,
+        capsize=3,
+        elinewidth=1.4,
+        zorder=5,
+        label=label,
+    )
 
 
 def bars(shares: Mapping[str, Mapping[str, float]]) -> Picture:

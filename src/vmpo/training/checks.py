@@ -32,16 +32,24 @@ def check_ratio(updater: Updater, rollout: Rollout) -> float:
     return worst
 
 
-def check_rewards(reward: Tensor, group: Tensor) -> None:
-    """Rewards must exist and vary within at least one group.
+def check_some_reward(reward: Tensor) -> None:
+    """At least one reward of an epoch must be there.
 
     Raises:
-        UserError: if all failed, or none varies.
+        UserError: if all failed.
     """
     if not torch.isfinite(reward).any():
         raise UserError("every reward of the epoch failed; see the messages above, the run can be resumed when mended")
-    spread = [reward[group == g].nan_to_num(torch.nan) for g in group.unique()]
-    if all(len(r[torch.isfinite(r)].unique()) < 2 for r in spread):
+
+
+def check_rewards_vary(reward: Tensor, group: Tensor) -> None:
+    """Before the first update, rewards must vary within at least one group; a run that has converged may end flat.
+
+    Raises:
+        UserError: if none varies.
+    """
+    groups = [reward[group == g] for g in group.unique()]
+    if all(len(r[torch.isfinite(r)].unique()) < 2 for r in groups):
         value = reward[torch.isfinite(reward)][0].item()
         raise UserError(
             f"rewards do not vary within any group (all are {value:g}), so there is nothing to learn from; "

@@ -44,7 +44,15 @@ def train(config: Config, folder: Path, *, resume: bool, console: Console) -> Tr
     accelerator = build_accelerator(config, folder)
     parts = load_parts(config, accelerator.device)
     trainer = Trainer(config, parts, folder, accelerator)
-    taken_up = trainer.open_folder(resume)
+    try:
+        _run(trainer, accelerator, console, resume)
+    finally:
+        trainer.lock.release()
+    return trainer
+
+
+def _run(trainer: Trainer, accelerator: Accelerator, console: Console, resume: bool) -> None:
+    config, taken_up = trainer.config, trainer.open_folder(resume)
     quiet = not accelerator.is_main_process
     if taken_up and not quiet:
         console.print(f"resumed after epoch {trainer.epoch}")
@@ -66,7 +74,6 @@ def train(config: Config, folder: Path, *, resume: bool, console: Console) -> Tr
         _loop(trainer, accelerator, console, bar, task, quiet)
     if accelerator.log_with:
         accelerator.end_training()
-    return trainer
 
 
 def _loop(trainer: Trainer, accelerator: Accelerator, console: Console, bar: Progress, task: Any, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from vmpo.errors import UserError
 from vmpo.kernels import Kernel, build_kernel
 from vmpo.objectives import Objective, get_objective
 from vmpo.policies.loading import add_lora, load_policy
+from vmpo.policies.policy import Policy
 from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
 from vmpo.rewards import Reward, check_prompts, load_reward
 from vmpo.training.config import Config
@@ -64,6 +66,14 @@ def load_objective_of(config: Config) -> Objective:
     """
     own = {field: getattr(config.objective, field) for field in ("potential", "centre", "clip_range")}
     return replace(get_objective(config.objective.name), **{k: v for k, v in own.items() if v is not None})
+
+
+def density_scale(config: Config, policy: Policy) -> float:
+    """What log-densities are multiplied by in the objective: 1, or 1/D where `objective.log_prob=mean`.
+
+    The exact densities are then tilted at the temperature beta times this scale (docs/concepts.md).
+    """
+    return 1.0 if config.objective.log_prob == "sum" else 1.0 / math.prod(policy.state_shape)
 
 
 def load_rewards_of(config: Config) -> dict[str, Reward]:

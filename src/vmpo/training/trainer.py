@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vmpo.errors import UserError
@@ -24,15 +25,15 @@ from vmpo.rewards import combine
 from vmpo.rollouts import rollout
 from vmpo.training.averaging import Average, set_values
 from vmpo.training.checkpoint import checkpoints, load_checkpoint, replace_folder, save_checkpoint, write_text
-from vmpo.training.checks import check_adapter, check_ratio, check_rewards
+from vmpo.training.checks import check_adapter, check_ratio, check_rewards_vary, check_some_reward
 from vmpo.training.config import Config
 from vmpo.training.held_out import measure_held_out
 from vmpo.training.pictures import save_grid
 from vmpo.training.processes import gather_rows, share, slowest
-from vmpo.training.prompts import epoch_prompts
+from vmpo.training.prompts import PromptSet, epoch_prompts
 from vmpo.training.provenance import provenance
 from vmpo.training.scoring import evaluated_steps, potentials, score_states
-from vmpo.training.setup import Parts
+from vmpo.training.setup import Parts, density_scale
 from vmpo.training.update import Penalties, Rollout, Updater
 
 Metrics = dict[str, Any]
@@ -44,6 +45,7 @@ class Trainer:
     def __init__(self, config: Config, parts: Parts, folder: Path, accelerator: Accelerator) -> None:
         self.config, self.parts, self.folder, self.accelerator = config, parts, folder, accelerator
         self.epoch, self.seconds, self.log = 0, 0.0, list[Metrics]()
+        self.lock = FileLock(folder / ".lock", timeout=0)
         self.best: tuple[float, int, list[Tensor]] | None = None
         adapter = lora_parameters(parts.policy)
         self.average = Average(adapter, config.optimisation.ema)
@@ -59,7 +61,6 @@ class Trainer:
             peak = settings.lr if settings.lr_centre is None else settings.lr_centre
             groups.append({"params": list(self.centre.parameters()), "peak": peak, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-        dimension = int(np.prod(self.parts.policy.state_shape))
         return Updater(
             self.parts.policy,
             self.parts.kernel,
@@ -70,7 +71,7 @@ class Trainer:
             self.accelerator,
             micro_batch=settings.micro_batch,
             grad_clip=settings.grad_clip,
-            density_scale=1.0 if objective.log_prob == "sum" else 1.0 / dimension,
+            density_scale=density_scale(self.config, self.parts.policy),
         )
 
     # --- an epoch -------------------------------------------------------------------------------------------------
@@ -79,42 +80,33 @@ class Trainer:
         """Rollout, rewards and potentials of an epoch; a function of the weights, the seed and the epoch alone."""
         config, parts, settings = self.config, self.parts, self.config.optimisation
         total = settings.prompts * settings.group
-        mine = share(total, self.accelerator)
+        mine, group = share(total, self.accelerator), torch.arange(total) // settings.group
         chosen = epoch_prompts(len(parts.train), settings.prompts, epoch, config.seed)
         local = parts.train.take([chosen[i // settings.group] for i in mine])
         conditioning = parts.policy.encode(local.prompts)
-        seeds = [((config.seed + 1) * 1_000_003 + epoch) * 100_003 + i for i in mine]
         steps = len(parts.kernel.stochastic_steps)
-        scored = evaluated_steps(parts.objective, steps, config.objective.intermediate)
         began = time.perf_counter()
         drawn = rollout(
             parts.policy,
             parts.kernel,
             conditioning,
-            seeds,
+            [((config.seed + 1) * 1_000_003 + epoch) * 100_003 + i for i in mine],
             batch=settings.micro_batch,
-            x0_hat_at=scored,
+            x0_hat_at=evaluated_steps(parts.objective, steps, config.objective.intermediate),
             progress=progress,
         )
         rolled = time.perf_counter()
-        group = torch.arange(total) // settings.group
-        trained = {name: parts.rewards[name] for name in config.reward.weights}
-
-        def total_reward(states: Tensor) -> Tensor:
-            scores = score_states(parts.policy, trained, states, local, settings.micro_batch)
-            gathered = {n: gather_rows(v, mine, total, self.accelerator) for n, v in scores.items()}
-            return combine(gathered, config.reward.weights, group, config.reward.combine)
-
-        reward = total_reward(drawn.x_0)
-        check_rewards(reward, group)
-        values = {s: total_reward(state) for s, state in drawn.x0_hat.items()}
-        delta_phi = potentials(parts.objective, reward, values, steps, config.objective.beta)
-        scale = self.updater.density_scale
-
-        def everywhere(local_rows: Tensor) -> Tensor:
-            return gather_rows(local_rows.cpu(), mine, total, self.accelerator)
-
-        log_p_old, log_p_ref = everywhere(drawn.log_p_old), everywhere(drawn.log_p_ref)
+        reward = self._total_reward(drawn.x_0, local, mine, group)
+        check_some_reward(reward)
+        if epoch == 0:
+            check_rewards_vary(reward, group)
+        values = {s: self._total_reward(state, local, mine, group) for s, state in drawn.x0_hat.items()}
+        scored = time.perf_counter()
+        log_p_old, log_p_ref, kl_ref = (
+            gather_rows(rows.cpu(), mine, total, self.accelerator)
+            for rows in (drawn.log_p_old, drawn.log_p_ref, drawn.kl_ref)
+        )
+        scale, beta = self.updater.density_scale, config.objective.beta
         data = Rollout(
             trajectory=drawn,
             conditioning=conditioning,
@@ -122,22 +114,26 @@ class Trainer:
             group=group,
             log_p_old=scale * log_p_old,
             log_p_ref=scale * log_p_ref,
-            delta_phi=delta_phi,
+            delta_phi=potentials(parts.objective, reward, values, steps, beta),
         )
         # the weight of a trajectory as a sample of the tilted target, whatever the potential that trains it
-        tilt = terminal(reward.double(), steps, config.objective.beta)
+        tilt = terminal(reward.double(), steps, scale * beta)
         weights = LogWeights((log_p_ref - log_p_old).double() + tilt, group)
-        metrics = {
-            "reward_mean": reward.nanmean().item(),
-            "reward_std": reward[torch.isfinite(reward)].std().item(),
-            "zero_std_ratio": zero_std_ratio(reward, group),
+        times = {"time_rollout": rolled - began, "time_rewards": scored - rolled}
+        return data, {
+            **reward_metrics(reward, group),
             **weights.summary(),
-            "kl_ref": everywhere(drawn.kl_ref.sum(1)).mean().item(),
-            "failed_rewards": 1 - torch.isfinite(reward).float().mean().item(),
-            "time_rollout": rolled - began,
-            "time_rewards": time.perf_counter() - rolled,
+            "kl_ref": kl_ref.sum(1).mean().item(),
+            **times,
         }
-        return data, metrics
+
+    def _total_reward(self, states: Tensor, local: PromptSet, mine: list[int], group: Tensor) -> Tensor:
+        """The weighted reward of all processes' clean states, (N,)."""
+        settings = self.config.reward
+        trained = {name: self.parts.rewards[name] for name in settings.weights}
+        scores = score_states(self.parts.policy, trained, states, local, self.config.optimisation.micro_batch)
+        gathered = {n: gather_rows(v, mine, len(group), self.accelerator) for n, v in scores.items()}
+        return combine(gathered, settings.weights, group, settings.combine)
 
     def run_epoch(self, progress: Callable[[int], None] | None = None) -> Metrics:
         """One rollout and its updates; moves the state on by an epoch."""
@@ -212,6 +208,9 @@ class Trainer:
             UserError: if the folder holds another run, or cannot be written.
         """
         main = self.accelerator.is_main_process
+        if main:
+            self._lock()
+        self.accelerator.wait_for_everyone()
         used = (self.folder / "config.yaml").exists()
         if used and not resume:
             raise UserError(f"run folder '{self.folder}' is already in use; pass --resume to go on, or another --run")
@@ -237,6 +236,16 @@ class Trainer:
                 )
         self.accelerator.wait_for_everyone()
         return used and self.restore()
+
+    def _lock(self) -> None:
+        """Keeps other living processes out of the folder; the system lets go of the lock when the process ends."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        except Timeout as error:
+            raise UserError(f"run folder '{self.folder}' is in use by a process that is still running") from error
+        except OSError as error:
+            raise UserError(f"run folder '{self.folder}' cannot be made: {error.strerror}") from error
 
     def record(self, metrics: Metrics) -> None:
         """Appends an epoch to the run record."""
@@ -307,7 +316,13 @@ class Trainer:
         return bool(found) and found[-1].name == f"epoch-{self.epoch:06d}"
 
 
-def zero_std_ratio(reward: Tensor, group: Tensor) -> float:
-    """Share of groups whose rewards are all equal, which therefore teach nothing."""
-    groups = [reward[group == g] for g in group.unique()]
-    return sum(len(r[torch.isfinite(r)].unique()) < 2 for r in groups) / len(groups)
+def reward_metrics(reward: Tensor, group: Tensor) -> Metrics:
+    """Mean, spread and failures of an epoch's rewards, and the share of groups that teach nothing: all equal."""
+    finite = torch.isfinite(reward)
+    groups = [reward[(group == g) & finite] for g in group.unique()]
+    return {
+        "reward_mean": reward[finite].mean().item(),
+        "reward_std": reward[finite].std().item(),
+        "zero_std_ratio": sum(len(r.unique()) < 2 for r in groups) / len(groups),
+        "failed_rewards": 1 - finite.float().mean().item(),
+    }

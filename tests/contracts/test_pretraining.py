@@ -1,0 +1,126 @@
+"""The data the embedded pipeline is trained on, and a pretraining run that goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmpo.errors import UserError
+from vmpo.pretraining.autoencoder import build_autoencoder
+from vmpo.pretraining.glyphs import (
+    Cycle,
+    Pool,
+    Pretraining,
+    Trainer,
+    build_pipeline,
+    captioned,
+    encode_pool,
+    pretrain_glyphs,
+)
+from vmpo.pretraining.words import KEYBOARD, LETTERS, MISSPELT_SHARE, misspell, neighbours, word_list
+
+TINY = Pretraining(autoencoder_steps=1, pool=40, cycles=(Cycle(3), Cycle(1)), batch=8, warmup=2)
+
+
+def test_every_letter_has_its_neighbours() -> None:
+    assert sorted("".join(KEYBOARD)) == sorted(LETTERS)
+    assert {letter: neighbours(letter) for letter in "QWPAMZ"} == {
+        "Q": "W",
+        "W": "QE",
+        "P": "O",
+        "A": "S",
+        "M": "N",
+        "Z": "X",
+    }
+    assert all(a in neighbours(b) for a in LETTERS for b in neighbours(a))
+
+
+def test_slips_hit_a_neighbour_at_the_stated_rate() -> None:
+    rng, rate, n, word = random.Random(0), 0.3, 4_000, "HOUSE"
+    slips = [misspell(word, rate, rng) for _ in range(n)]
+    wrong = [[a != b for a, b in zip(word, slip, strict=True)] for slip in slips]
+    assert all(any(w) for w in wrong), "a misspelt word is not spelt right"
+    assert all(b in neighbours(a) for s in slips for a, b in zip(word, s, strict=True) if a != b)
+    expected = (1 + (len(word) - 1) * rate) / len(word)  # one letter is forced
+    share = sum(map(sum, wrong)) / (n * len(word))
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / (n * len(word))) ** 0.5
+
+
+def test_a_named_source_is_misspelt_as_often_as_it_says_and_no_caption_holds_a_test_word() -> None:
+    rng, settings = random.Random(1), Pretraining()
+    found: dict[str, list[bool]] = {"a": [], "printed": [], "handmade": []}
+    held_out = set(word_list("test"))
+    for _ in range(6_000):
+        text, drawn = captioned(settings, rng)
+        word = text.split('"')[1]
+        found[text.split()[0]].append(drawn != word)
+        assert word not in held_out
+    handmade, named = settings.handmade_share, settings.named_share
+    shares = {
+        "printed": (MISSPELT_SHARE["printed"], (1 - handmade) * named),
+        "handmade": (MISSPELT_SHARE["handmade"], handmade * named),
+        "a": (handmade * MISSPELT_SHARE["handmade"] + (1 - handmade) * MISSPELT_SHARE["printed"], 1 - named),
+    }
+    for source, (misspelt, share) in shares.items():
+        n = len(found[source])
+        assert abs(sum(found[source]) / n - misspelt) < 4 * (misspelt * (1 - misspelt) / n) ** 0.5, source
+        assert abs(n / 6_000 - share) < 4 * (share * (1 - share) / 6_000) ** 0.5, source
+
+
+def tiny_trainer() -> Trainer:
+    return Trainer(build_pipeline(build_autoencoder(), seed=2, layers=1, width=32), TINY)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [*(p.detach().clone() for p in trainer.parameters), *(e.clone() for e in trainer.ema)]
+
+
+def test_a_trainer_goes_on_from_its_state_bit_for_bit() -> None:
+    alone = tiny_trainer()
+    pool = Pool(
+        torch.randn((40, 4, 6, 16), generator=torch.Generator().manual_seed(3)).half(),
+        alone.pipe.tokenizer(['a sign that says "AXE"'] * 40, return_tensors="pt").input_ids,
+    )
+    losses = [alone.step(pool) for _ in range(2)]
+    kept = copy.deepcopy(alone.state())
+    losses += [alone.step(pool) for _ in range(2)]
+    other = tiny_trainer()
+    other.load_state(kept)
+    assert [other.step(pool) for _ in range(2)] == losses[2:]
+    torch.testing.assert_close(weights(other), weights(alone), rtol=0, atol=0)
+    assert alone.lr_scale() == 0, "the rates end at 0"
+
+
+def test_the_rates_rise_stay_and_fall_in_every_cycle() -> None:
+    trainer = tiny_trainer()
+    cycles = (Cycle(100, decay=0.4), Cycle(50, peak=0.5, decay=0.8))
+    trainer.settings = Pretraining(cycles=cycles, warmup=10)
+    scales = []
+    for done in (0, 4, 9, 30, 60, 80, 99, 104, 110, 130, 150):
+        trainer.done = done
+        scales.append(trainer.lr_scale())
+    assert scales == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.025, 0.25, 0.5, 0.25, 0])
+
+
+def test_pretraining_ends_in_a_pipeline_and_is_taken_up_again(tmp_path: Path) -> None:
+    log: list[str] = []
+    first = pretrain_glyphs(tmp_path, settings=TINY, log=log.append)
+    again = pretrain_glyphs(tmp_path, settings=TINY, log=log.append)
+    assert "goes on at step 4" in log
+    for one, other in zip(first.transformer.parameters(), again.transformer.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(UserError, match="other settings"):
+        pretrain_glyphs(tmp_path, scale=0.5, settings=TINY)
+
+
+def test_the_pool_is_the_size_asked_for() -> None:
+    trainer = tiny_trainer()
+    vae = build_autoencoder()
+    vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
+    pool = encode_pool(vae.eval(), trainer.pipe.tokenizer, TINY, lambda line: None)
+    assert pool.latents.shape == (40, 4, 6, 16)
+    assert pool.tokens.shape == (40, 14)
