@@ -53,7 +53,7 @@ class Pretraining:
 
     autoencoder_steps: int = 2_000
     pool: int = 80_000
-    cycles: tuple[Cycle, ...] = (Cycle(14_000), Cycle(9_000, peak=0.5, decay=0.9))
+    cycles: tuple[Cycle, ...] = (Cycle(14_000), Cycle(5_000, peak=0.5, decay=0.9))
     batch: int = 96
     lr: float = 2e-3
     muon_lr: float = 2e-2
