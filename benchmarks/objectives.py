@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 
 
 def run_one(folder: Path, seed: int, overrides: list[str], threads: int) -> None:
-    """Trains and evaluates one run, unless its folder says that is done; its output goes to a file beside the folder."""
+    """Trains and evaluates one run, unless its folder says that is done; its output goes to a file beside it."""
     if (folder / "evaluation.json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
