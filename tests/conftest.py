@@ -64,6 +64,7 @@ def tiny_settings(model: Path) -> list[str]:
         "model.lora.rank=4",
         "model.lora.alpha=6",
         "sampler.steps=4",
+        "sampler.window=null",
         'reward.weights={"tests.scenarios:brightness": 1.0}',
         "objective.name=vmpo_r2g",
         "objective.beta=0.2",

@@ -72,6 +72,17 @@ def test_evaluate_and_report(vmpo: Vmpo, settings: list[str], tmp_path: Path) ->
     assert evaluated(vmpo, again)[0] == found, "an evaluation is a function of the run"
 
 
+@pytest.mark.parametrize(("window", "said"), [("[1, 1]", True), ("null", False)])
+def test_steps_that_no_density_covers_are_said(
+    vmpo: Vmpo, settings: list[str], tmp_path: Path, window: str, said: bool
+) -> None:
+    run = tmp_path / "run"
+    words = [*settings, "optimisation.epochs=1", f"sampler.window={window}"]
+    assert vmpo("train", "glyphs", *words, "--run", run)[0] == 0
+    note = evaluated(vmpo, run)[0]["truth"].get("note", "")
+    assert ("the last 2 of the sampler's 4 steps add no noise" in note) == said
+
+
 def test_a_mean_over_dimensions_is_measured_at_the_temperature_it_means(
     vmpo: Vmpo, settings: list[str], tmp_path: Path
 ) -> None:

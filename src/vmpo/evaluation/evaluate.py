@@ -146,6 +146,8 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
         "diversity": paired_difference(total_variances(base.features), total_variances(aligned.features)).as_dict()
     }
     found["truth"] = measure_truth(base.reward, run.beta, base.features, aligned.reward, aligned.kl)
+    if tail := _tail_note(run.kernel):
+        found["truth"]["note"] = "; ".join(filter(None, [found["truth"].get("note"), tail]))
     if config.model.path == "glyphs":
         found["marginals"] = _marginals(run, deep_samples, deep)
     found["gallery"] = _gallery(run, wide_samples, wide)
@@ -159,6 +161,17 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
     }
     write_text(folder / "evaluation.json", json.dumps(found, indent=1))
     return found
+
+
+def _tail_note(kernel: Kernel) -> str | None:
+    """A caveat where more than the last step follows the densities: the frontier is then no bound."""
+    tail = kernel.num_steps - kernel.deterministic_from
+    if tail < 2:
+        return None
+    return (
+        f"the last {tail} of the sampler's {kernel.num_steps} steps add no noise, and what the adapter changes there "
+        f"is in no KL: a policy may lie above the frontier"
+    )
 
 
 def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], deep_rows: list[int]) -> dict[str, Any]:

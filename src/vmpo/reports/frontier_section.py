@@ -50,8 +50,8 @@ def _gap_sentence(truth: dict[str, Any]) -> str:
         return ""
     amount = plus_minus({"mean": gap.get("gap"), "se": gap.get("se")})
     return (
-        f"At the measured {number(kl)} nats the best expected reward of any policy is {number(best)}; the aligned one "
-        f"has {number(policy)}: a gap of <b>{amount}</b>. "
+        f"At the measured {number(kl)} nats the best expected reward in these samples is {number(best)}; the aligned "
+        f"policy has {number(policy)}: a gap of <b>{amount}</b>. "
     )
 
 
@@ -75,7 +75,7 @@ def frontier_section(record: RunRecord) -> str:
         start = _mark({"mean": 0.0}, {"mean": flat.get("reward"), "se": flat.get("reward_se")}) or start
     picture = attempt(
         "Expected reward against KL",
-        "above the curve lies nothing that any policy can reach",
+        "the curve is the best that any distribution over pictures can have at that KL",
         lambda: frontier(points, path, start, here, _mark(truth.get("kl"), truth.get("reward"))),
         wide=True,
     )
