@@ -250,20 +250,18 @@ def frontier(
         if path:
             x, y = zip(*path, strict=True)
             axes.plot(x, y, color=theme.soft, linewidth=1.2, zorder=2)
-            axes.scatter(
-                x, y, color=theme.aligned, s=12, alpha=0.55, linewidth=0, zorder=3, label="the run in training"
-            )
+            axes.scatter(x, y, color=theme.aligned, s=12, alpha=0.55, linewidth=0, zorder=3, label="in training")
         _draw_mark(axes, theme, base, "base", "s", "base")
-        _draw_mark(axes, theme, tilted, "truth", "D", "tilted distribution at β")
+        _draw_mark(axes, theme, tilted, "truth", "D", "tilted truth")
         _draw_mark(axes, theme, aligned, "aligned", "o", "aligned")
         if known:
             _scale_kl(axes, widest, end)
         axes.set_xlabel("KL to the reference, nats")
         axes.set_ylabel("expected reward")
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.legend(loc="lower right", labelspacing=0.4, handlelength=1.8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, columnspacing=1.4, handlelength=1.8)
 
-    return _draw(draw, (5.2, 3.6))
+    return _draw(draw, (5.2, 4.0))
 
 
 def _draw_optimum(axes: Axes, theme: Theme, known: list[tuple[float, float, float, bool]], widest: float) -> None:
@@ -282,7 +280,7 @@ def _draw_optimum(axes: Axes, theme: Theme, known: list[tuple[float, float, floa
             color=theme.truth,
             linewidth=1.6,
             linestyle=dashes,
-            label="… few effective samples",
+            label="… thinly sampled",
         )
     if widest > 1.05 * kl[-1]:  # nothing lies above the largest reward, at whatever KL
         axes.plot([kl[-1], widest * 1.08], [reward[-1]] * 2, color=theme.truth, linewidth=1.1, linestyle=":")
