@@ -146,8 +146,8 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
         "diversity": paired_difference(total_variances(base.features), total_variances(aligned.features)).as_dict()
     }
     found["truth"] = measure_truth(base.reward, run.beta, base.features, aligned.reward, aligned.kl)
-    if tail := _tail_note(run.kernel):
-        found["truth"]["note"] = "; ".join(filter(None, [found["truth"].get("note"), tail]))
+    if quiet := _quiet_steps_note(run.kernel):
+        found["truth"]["note"] = "; ".join(filter(None, [found["truth"].get("note"), quiet]))
     if config.model.path == "glyphs":
         found["marginals"] = _marginals(run, deep_samples, deep)
     found["gallery"] = _gallery(run, wide_samples, wide)
@@ -163,14 +163,14 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
     return found
 
 
-def _tail_note(kernel: Kernel) -> str | None:
-    """A caveat where more than the last step follows the densities: the frontier is then no bound."""
-    tail = kernel.num_steps - kernel.deterministic_from
-    if tail < 2:
+def _quiet_steps_note(kernel: Kernel) -> str | None:
+    """A caveat where more than the last step adds no noise: the frontier is then no bound."""
+    quiet = kernel.num_steps - len(kernel.stochastic_steps)
+    if quiet < 2:
         return None
     return (
-        f"the last {tail} of the sampler's {kernel.num_steps} steps add no noise, and what the adapter changes there "
-        f"is in no KL: a policy may lie above the frontier"
+        f"{quiet} of the sampler's {kernel.num_steps} steps add no noise, and what the adapter changes there is in no "
+        f"KL: a policy may lie above the frontier"
     )
 
 
