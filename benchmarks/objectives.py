@@ -23,9 +23,9 @@ from vmpo.training.provenance import hardware
 
 # one override each; the difference potential scores predicted clean states, so its rewards cost more a sample
 METHODS = {
-    "trajectory log-variance": [],
-    "log-variance per step": ["objective.name=log_variance"],
     "VMPO-Diff": ["objective.name=vmpo_diff"],
+    "trajectory log-variance": ["objective.name=trajectory_log_variance"],
+    "log-variance per step": ["objective.name=log_variance"],
     "VMPO-R2G": ["objective.name=vmpo_r2g"],
     "VMPO clipped": ["objective.name=vmpo_clipped"],
     "GRPO": ["objective.name=grpo"],
