@@ -107,7 +107,7 @@ def test_code_marked_to_run_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_metric_of_a_run_is_explained() -> None:
     """Keys that the trainer, the update, the weights and the held-out measurement put into a line of metrics.jsonl."""
-    writers = {"training/trainer.py": {"draw", "run_epoch"}, "training/update.py": {"step"}}
+    writers = {"training/trainer.py": {"draw", "reward_metrics", "run_epoch"}, "training/update.py": {"step"}}
     writers |= {"training/held_out.py": {"metrics"}, "log_weights.py": {"summary"}}
     keys: set[str] = set()
     for file, names in writers.items():

@@ -176,6 +176,8 @@ def _stochastic_steps(std: Tensor, window: tuple[int, int] | None, last_step: bo
         )
     inside = torch.zeros_like(able)
     inside[first : first + size] = True
+    if not able.any():
+        raise UserError(f"window ({first}, {size}): there is no stochastic step at this eta; set eta above 0")
     silent = (inside & ~able).nonzero().flatten().tolist()
     if silent:
         raise UserError(
