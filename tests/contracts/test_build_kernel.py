@@ -54,7 +54,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: build_kernel("flow_grpo", T, window=(-1, 2)), "window"),
     (lambda: build_kernel("flow_grpo", T, window=(6, 2)), "no noise at step 7"),
     (lambda: build_kernel("ddim", T, window=(6, 3)), "window"),
-    (lambda: build_kernel("ddim", T, eta=0.0, window=(0, 2)), "no noise at step 0"),
+    (lambda: build_kernel("ddim", T, eta=0.0, window=(0, 2)), "no stochastic step at this eta; set eta above 0"),
     (lambda: CPS(flow_sigmas(T), eta=1.2), "eta"),
     (lambda: DanceSDE(flow_sigmas(T), eta=-0.1), "eta"),
     (lambda: FlowGRPOSDE(flow_sigmas(T), a=-0.1), "noise level"),
