@@ -133,7 +133,7 @@ def main() -> None:
         found.setdefault(method, []).append(read_one(folder))
     facts = {
         "date": date.today().isoformat(),
-        "hardware": f"{hardware()}, {arguments.jobs} at once with {threads} threads each",
+        "hardware": f"{hardware()}, {arguments.jobs} at once, threads each: {threads}",
         "runs": found,
     }
     (HERE / "objectives.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -156,7 +156,7 @@ def _print_evaluation(found: dict[str, Any]) -> None:
     gap = truth.get("gap")
     if gap:
         console.print(
-            f"at the aligned policy's KL of {gap['kl']:.2f} nats the best possible reward is "
+            f"at the aligned policy's KL of {gap['kl']:.2f} nats the best reward that base samples show is "
             f"{gap['frontier_reward']:.3f}; the policy has {gap['policy_reward']:.3f}, a gap of "
             f"{gap['gap']:.3f} ± {gap['se']:.3f}",
             soft_wrap=True,
