@@ -63,7 +63,7 @@ def _tiles(record: RunRecord) -> str:
     gap = section(record.evaluation, "truth", "gap")
     if finite(gap.get("gap")) is not None:
         tiles.append(
-            (_with_error({"mean": gap["gap"], "se": gap.get("se")}), "below the best reward possible at that KL")
+            (_with_error({"mean": gap["gap"], "se": gap.get("se")}), "below the best reward in base samples at that KL")
         )
     spread = [section(record.evaluation, who, "diversity") for who in ("base", "aligned")]
     means = [finite(s.get("mean")) for s in spread]
