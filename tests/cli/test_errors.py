@@ -52,7 +52,7 @@ def one_line(result: tuple[int, list[str], str], *wanted: str) -> str:
         (["glyphs", "optimisation.lr=fast"], ["optimisation.lr='fast'", "valid number"]),
         (["glyphs", "optimisation.group=1"], ["optimisation.group=1", "greater than or equal to 2"]),
         (["glyphs", "sampler.kernel=euler"], ["sampler.kernel='euler'", "'cps'"]),
-        (["glyphs", "sampler.eta=0"], ["no stochastic step", "eta above 0"]),
+        (["glyphs", "sampler.eta=0"], ["window (1, 4)", "no stochastic step at this eta", "set eta above 0"]),
         (["glyphs", "sampler.eta=0", "sampler.window=null"], ["no stochastic step", "sampler.eta above 0"]),
         (["glyphs", "optimisation.epochs.x=3"], ["'epochs' is a value"]),
         (["glyphs", "epochs"], ["'epochs' is not of the form key.path=value"]),
