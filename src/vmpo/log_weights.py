@@ -61,20 +61,20 @@ class LogWeights:
     @cached_property
     def count(self) -> Tensor:
         """Valid members K of each group, (G,)."""
-        return self._sum(torch.ones_like(self.log_w[:, 0]))
+        return self.group_sum(torch.ones_like(self.log_w[:, 0]))
 
-    def _sum(self, rows: Tensor) -> Tensor:
-        """Sums valid rows within groups: (N, ...) -> (G, ...)."""
+    def group_sum(self, rows: Tensor) -> Tensor:
+        """Sums valid rows within groups, (N, …) -> (G, …)."""
         valid = self.mask.view(-1, *[1] * (rows.ndim - 1))
         zeros = rows.new_zeros(len(self.groups), *rows.shape[1:])
         return zeros.index_add(0, self.index, torch.where(valid, rows, torch.zeros_like(rows)))
 
     def _mean(self, rows: Tensor) -> Tensor:
-        return self._sum(rows) / self.count.view(-1, *[1] * (rows.ndim - 1))
+        return self.group_sum(rows) / self.count.view(-1, *[1] * (rows.ndim - 1))
 
     def _variance(self, rows: Tensor) -> Tensor:
         count = self.count.view(-1, *[1] * (rows.ndim - 1))
-        squares = self._sum((rows - self._mean(rows)[self.index]) ** 2)
+        squares = self.group_sum((rows - self._mean(rows)[self.index]) ** 2)
         return torch.where(count > 1, squares / (count - 1), torch.nan)
 
     # --- steps ----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class LogWeights:
         lowest = rows.new_full((len(self.groups),), -torch.inf)
         filled = rows.masked_fill(~self.mask, -torch.inf)
         peak = lowest.scatter_reduce(0, self.index, filled, "amax")
-        return peak + self._sum((rows - peak[self.index]).exp()).log()
+        return peak + self.group_sum((rows - peak[self.index]).exp()).log()
 
     @cached_property
     def ess(self) -> Tensor:

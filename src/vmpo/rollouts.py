@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ def rollout(
     *,
     batch: int = 64,
     x0_hat_at: Collection[int] = (),
+    x0_hat_of: Literal["policy", "reference"] = "policy",
     dtype: torch.dtype = torch.float32,
+    from_reference: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Trajectory:
     """Draws one trajectory a seed, in batches; densities are those of the stored states.
@@ -43,47 +46,70 @@ def rollout(
         conditioning: encoded prompts, N of them.
         seeds: N noise seeds.
         x0_hat_at: stochastic steps s at which the predicted clean state is kept (for intermediate rewards, Eq. 44).
+        x0_hat_of: whose prediction that is.
         dtype: precision the states are stored in; they are cast before their density is evaluated.
+        from_reference: trajectories that p_ref draws in place of the policy, (N,) bool; None: none.
         progress: called with the number of trajectories done.
     """
     parts = []
     for start in range(0, len(seeds), batch):
         chunk = slice(start, start + batch)
         noise = noise_for(seeds[chunk], kernel.num_steps, policy.state_shape, policy.device)
-        parts.append(_rollout_batch(policy, kernel, conditioning[chunk], noise, frozenset(x0_hat_at), dtype))
+        drawn_by = None if from_reference is None else from_reference[chunk]
+        parts.append(
+            rollout_from_noise(
+                policy,
+                kernel,
+                conditioning[chunk],
+                noise,
+                x0_hat_at=x0_hat_at,
+                x0_hat_of=x0_hat_of,
+                dtype=dtype,
+                from_reference=drawn_by,
+            )
+        )
         if progress is not None:
             progress(min(start + batch, len(seeds)))
     return Trajectory.cat(parts)
 
 
-def _rollout_batch(
+@torch.no_grad()
+def rollout_from_noise(
     policy: Policy,
     kernel: Kernel,
     conditioning: Conditioning,
     noise: Tensor,
-    x0_hat_at: frozenset[int],
-    dtype: torch.dtype,
+    *,
+    x0_hat_at: Collection[int] = (),
+    x0_hat_of: Literal["policy", "reference"] = "policy",
+    dtype: torch.dtype = torch.float32,
+    from_reference: Tensor | None = None,
 ) -> Trajectory:
-    x_t = noise[:, 0].to(dtype)
+    """Draws trajectories in one batch from standard normal noise, (N, T+1, *shape); arguments as in `rollout`."""
+    x_t = kernel.initial(noise[:, 0]).to(dtype)
     states, log_p, log_p_ref, means, means_ref, kl_ref = [x_t], [], [], [], [], []
     x0_hat: dict[int, Tensor] = {}
+    times = kernel.times.to(x_t.device)
     s = 0
     for k in range(kernel.num_steps):
         step = torch.full((len(x_t),), k, device=x_t.device)
-        time = kernel.times.to(x_t.device)[step]
-        output = policy.predict(x_t, time, conditioning)
+        output = policy.predict(x_t, times[step], conditioning)
         p = kernel.transition(x_t, output, step)
         x_next = p.sample(noise[:, k + 1]).to(dtype)  # cast first: the density is that of what is stored
         if kernel.stochastic[k]:
             with policy.reference():
-                p_ref = kernel.transition(x_t, policy.predict(x_t, time, conditioning), step)
+                output_ref = policy.predict(x_t, times[step], conditioning)
+            p_ref = kernel.transition(x_t, output_ref, step)
+            if from_reference is not None:
+                rows = from_reference.to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
+                x_next = torch.where(rows, p_ref.sample(noise[:, k + 1]).to(dtype), x_next)
             log_p.append(p.log_prob(x_next))
             log_p_ref.append(p_ref.log_prob(x_next))
             kl_ref.append(p.kl(p_ref))
             means.append(p.mean)
             means_ref.append(p_ref.mean)
             if s in x0_hat_at:
-                x0_hat[s] = kernel.predict_x0(x_t, output, step)
+                x0_hat[s] = kernel.predict_x0(x_t, output if x0_hat_of == "policy" else output_ref, step)
             s += 1
         states.append(x_next)
         x_t = x_next

@@ -14,10 +14,10 @@ class Trajectory:
 
     Attributes:
         x: states x_T … x_0, (N, T+1, *shape), in the precision the densities were evaluated at.
-        log_p_old: log p_old(x_{t-1} | x_t) of the policy that drew them, nats, (N, S).
+        log_p_old: log p_old(x_{t-1} | x_t) of the policy of the rollout, nats, (N, S); also where p_ref drew.
         log_p_ref: the same under the reference, nats, (N, S).
-        mean_old: means of the drawing policy's kernel, (N, S, *shape).
-        mean_ref: means of the reference's kernel at the same states, (N, S, *shape).
+        mean_old: means of the policy's kernel (of a categorical: its probabilities), (N, S, *event).
+        mean_ref: the same of the reference's kernel at the same states, (N, S, *event).
         kl_ref: KL(p_old ‖ p_ref) of each stochastic step, exact, nats, (N, S).
         x0_hat: predicted clean states at chosen stochastic steps, {s: (N, *shape)}.
     """

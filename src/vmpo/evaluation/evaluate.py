@@ -29,7 +29,14 @@ from vmpo.training.config import Config, validate_config
 from vmpo.training.pictures import save_image
 from vmpo.training.prompts import PromptSet
 from vmpo.training.scoring import decode
-from vmpo.training.setup import density_scale, load_kernel_of, load_policy_of, load_prompts_of, load_rewards_of
+from vmpo.training.setup import (
+    density_scale,
+    load_kernel_of,
+    load_objective_of,
+    load_policy_of,
+    load_prompts_of,
+    load_rewards_of,
+)
 
 GALLERY = 24
 Report = Callable[[str, int, int], None]
@@ -80,7 +87,8 @@ class Evaluation:
         self.kernel: Kernel = load_kernel_of(config)
         self.policy = load_policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
         load_lora(self.policy, folder / "adapter")
-        self.beta = config.objective.beta * density_scale(config, self.policy)  # of the exact densities
+        # of the exact densities
+        self.beta = config.objective.beta * density_scale(load_objective_of(config), self.policy)
 
     def draw(self, rows: list[int], images: int, *, aligned: bool, seed: int) -> Samples:
         """M pictures a prompt; picture m of prompt p starts from the same noise whatever the policy."""

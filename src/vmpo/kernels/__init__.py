@@ -7,6 +7,7 @@ import difflib
 from torch import Tensor
 
 from vmpo.errors import UserError
+from vmpo.kernels.categorical import Categorical
 from vmpo.kernels.cps import CPS
 from vmpo.kernels.dance import DanceSDE
 from vmpo.kernels.ddim import DDIM
@@ -26,6 +27,7 @@ __all__ = [
     "CPS",
     "DDIM",
     "KERNEL_NAMES",
+    "Categorical",
     "DDIMSchedule",
     "DanceSDE",
     "DeterministicStep",

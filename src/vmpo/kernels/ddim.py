@@ -70,6 +70,10 @@ class DDIM(LinearKernel):
         )
         self.alpha_bar, self.alpha_bar_prev, self.eta, self.prediction = a, a_next, eta, prediction
 
+    def levels(self) -> Pair:
+        alpha_bar = torch.cat([self.alpha_bar, self.alpha_bar_prev[-1:]])
+        return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+
 
 def _predictions(a: Tensor, prediction: str) -> tuple[Pair, Pair]:
     """The coefficients of (x_t, output) in x̂_0 and in ε̂."""

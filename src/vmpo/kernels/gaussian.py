@@ -47,6 +47,10 @@ class Gaussian:
         dtype = _working_dtype(self.mean, self.std, noise)
         return self.mean.to(dtype) + self._row(self.std, dtype) * noise.to(dtype)
 
+    def with_mean(self, mean: Tensor) -> Gaussian:
+        """The distribution of the same step around another mean, (B, *shape)."""
+        return Gaussian(mean, self.std)
+
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) = -Σ_d (x_d - mean_d)² / (2 std²) - D (log std + ½ log 2π), (B,), in nats.
 

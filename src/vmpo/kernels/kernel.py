@@ -58,6 +58,10 @@ class Kernel(ABC):
         steps = self.stochastic_steps
         return int(steps[-1]) + 1 if len(steps) else 0
 
+    def initial(self, noise: Tensor) -> Tensor:
+        """x_T from standard normal noise (B, *shape): the noise itself, for kernels that start from N(0, I)."""
+        return noise
+
     @abstractmethod
     def transition(self, x_t: Tensor, output: Tensor, step: Tensor) -> Gaussian:
         """p(x[k+1] | x[k]) for each row.
@@ -70,6 +74,18 @@ class Kernel(ABC):
         Returns:
             Gaussian with mean (B, *shape) and std (B,), in float32 or better; std is 0 where the step adds no noise.
         """
+
+    def noising(self, x_next: Tensor, step: Tensor) -> Gaussian:
+        """q(x[k] | x[k+1]), the noising kernel that the steps undo.
+
+        Args:
+            x_next: (B, *shape), the cleaner state x[:, k+1].
+            step: (B,) long, k of each row.
+
+        Raises:
+            UserError: the kernel has none.
+        """
+        raise UserError(f"{type(self).__name__} has no noising kernel q(x_t | x_(t-1)); use an objective with p_ref")
 
     @abstractmethod
     def predict_x0(self, x_t: Tensor, output: Tensor, step: Tensor) -> Tensor:
@@ -115,6 +131,20 @@ class LinearKernel(Kernel):
         """(T,) float64: the standard deviation of each step, 0 where it adds no noise."""
         return self._table[2].clone()
 
+    @abstractmethod
+    def levels(self) -> Pair:
+        """What x[k] holds of x_0 and of unit noise, (α, σ), (T+1,) float64 each, noise first."""
+
+    def noising(self, x_next: Tensor, step: Tensor) -> Gaussian:
+        """N(α/α' x', σ² − (α/α')² σ'²): x[k] from the cleaner x[k+1] such that all marginals are α x_0 + σ ε."""
+        alpha, sigma = self.levels()
+        ratio = alpha[:-1] / alpha[1:]
+        std = (sigma[:-1].square() - (ratio * sigma[1:]).square()).clamp(min=0).sqrt()
+        dtype = torch.promote_types(x_next.dtype, torch.float32)
+        rows = step.cpu()
+        scale = _rows(ratio[rows].to(x_next.device, dtype), x_next)
+        return Gaussian(scale * x_next.to(dtype), std[rows].to(x_next.device, dtype))
+
     def transition(self, x_t: Tensor, output: Tensor, step: Tensor) -> Gaussian:
         x_t, output, table = self._gather(x_t, output, step)
         a, b = _rows(table[0], x_t), _rows(table[1], x_t)
@@ -154,6 +184,9 @@ class FlowKernel(LinearKernel):
         super().__init__(
             times, x0=(one, -s), noisy=noisy, std=std, ode=(one, s_next - s), window=window, last_step=last_step
         )
+
+    def levels(self) -> Pair:
+        return 1.0 - self.sigmas, self.sigmas
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from vmpo.objectives.objective import Objective
 def kl_weight(objective: Objective, mask: Tensor) -> Tensor:
     """Weight of each row's KL(p_theta(·|x_t) ‖ p_old or p_ref) such that the total is on the scale of the objective.
 
-        learned centre:   mean over rows                             (as Eq. 8; Fan et al. 2023, arXiv 2305.16381)
-        group or zero:    Σ_t, mean over trajectories                (Eq. 22)
+        mean over rows, where the loss is one                        (as Eq. 8; Fan et al. 2023, arXiv 2305.16381)
+        Σ_t, mean over trajectories, else                            (Eq. 22)
 
     The weight of the policy loss would be K/(K−1) too large where that divides by K−1.
 
@@ -22,6 +22,5 @@ def kl_weight(objective: Objective, mask: Tensor) -> Tensor:
     Returns:
         (N, S), float32.
     """
-    per_row = objective.centre == "learned" and objective.level == "step"
-    total = mask.sum() if per_row else mask.any(1).sum()
+    total = mask.sum() if objective.per_row else mask.any(1).sum()
     return mask.float() / total.clamp(min=1)

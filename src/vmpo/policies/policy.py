@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,4 +55,24 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside this context the policy is p_ref: the same network with its adapter off."""
+        ...
+
+
+class StateFunction(Protocol):
+    """A learned function of states, F(x_t, t, c), in nats: a value baseline or the learned part of a potential."""
+
+    def __call__(self, x: Tensor, position: Tensor, conditioning: Conditioning) -> Tensor:
+        """F of states x[:, k] (R, *shape) at their positions k in 0 … T, noise first (R,); returns (R,)."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimiser steps."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters by name."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> object:
+        """Takes up parameters by name."""
         ...

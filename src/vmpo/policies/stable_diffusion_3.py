@@ -82,7 +82,6 @@ class StableDiffusion3Policy:
         unconditional, conditional = output.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
-    @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
         vae = self.pipe.vae
         latents = x_0 / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vmpo.errors import UserError
 from vmpo.policies.policy import Policy
-from vmpo.training.update import Rollout, Updater
+from vmpo.training.rollout import Rollout
+from vmpo.training.update import Updater
 
 TOLERANCE = 1e-3  # nats; rows drawn and trained in batches of equal make-up agree to the last bit on a CPU
 

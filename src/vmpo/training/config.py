@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vmpo.errors import UserError
+from vmpo.objectives.levels import Level
+from vmpo.objectives.soundness import Anchor, Centre, Importance, LogProb, Potential, Predictor, Standardise
 
 RECIPES = resources.files("vmpo").joinpath("recipes")
 
@@ -70,23 +72,34 @@ class Reward(_Section):
 
 
 class Objective(_Section):
-    """What is minimised, at which temperature."""
+    """What is minimised, at which temperature. Parts that are None are the method's own (docs/objectives.md)."""
 
     name: str = "vmpo_diff"
-    potential: Literal["return_to_go", "difference", "terminal"] | None = Field(
-        None, description="which potential; None: the method's own"
-    )
-    centre: Literal["group", "learned", "zero"] | None = Field(None, description="None: the method's own")
     beta: float = Field(0.1, gt=0, description="reward temperature: the target is p_ref·exp(r/beta)")
-    kl_old: float = Field(1.0, ge=0, description="weight of KL(p_theta‖p_old), a step")
-    kl_ref: float = Field(0.0, ge=0, description="weight of an explicit KL(p_theta‖p_ref), a step (Eq. 22)")
-    clip_range: float | None = Field(None, gt=0, description="epsilon of clipped forms; None: the method's own")
-    log_prob: Literal["sum", "mean"] = Field(
-        "sum", description="sum: the density; mean: divided by the dimension D, as published code bases do"
+    level: Level | None = Field(None, description="which sums of steps are made constant")
+    centre: Centre | None = None
+    potential: Potential | None = None
+    anchor: Anchor | None = Field(None, description="what p_theta is weighed against")
+    standardise: Standardise | None = None
+    importance: Importance | None = None
+    kl_old: float | None = Field(None, ge=0, description="weight of KL(p_theta‖p_old), a step")
+    kl_ref: float | None = Field(None, ge=0, description="weight of an explicit KL(p_theta‖p_ref), a step (Eq. 22)")
+    clip_range: float | None = Field(None, gt=0, description="epsilon of clipped forms")
+    log_prob: LogProb | None = Field(
+        None, description="sum: the density; mean: divided by the dimension D, as published code bases do"
     )
+    reuse: int | None = Field(None, ge=1, description="passes over each rollout")
+    replay: int | None = Field(None, ge=0, description="earlier rollouts that are trained on again")
+    reference_share: float | None = Field(None, ge=0, lt=1, description="share of trajectories drawn from p_ref")
+    predictor: Predictor | None = Field(None, description="whose x0_hat intermediate rewards are taken of")
     intermediate: list[int] | None = Field(
         None, description="stochastic steps whose r(x0_hat) enters the difference potential; None: all"
     )
+
+    def parts(self) -> dict[str, Any]:
+        """The parts that are set, in place of the method's own."""
+        own = self.model_dump(exclude={"name", "beta", "intermediate"})
+        return {part: value for part, value in own.items() if value is not None}
 
 
 class Optimisation(_Section):
@@ -97,7 +110,7 @@ class Optimisation(_Section):
     group: int = Field(16, ge=2, description="pictures a prompt")
     updates: int = Field(1, ge=1, description="optimiser steps a rollout, each on its own share of the prompts")
     lr: float = Field(3e-4, gt=0)
-    lr_centre: float | None = Field(None, description="learning rate of M(t); None: lr")
+    lr_centre: float | None = Field(None, description="learning rate of what is learned beside the policy; None: lr")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     grad_clip: float = Field(1.0, gt=0)

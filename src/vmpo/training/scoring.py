@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from vmpo.errors import UserError
+from vmpo.kernels import Kernel
 from vmpo.objectives import Objective
-from vmpo.policies.policy import Policy
+from vmpo.objectives.soundness import Predictor
+from vmpo.policies.policy import Conditioning, Policy
 from vmpo.potentials import difference, return_to_go, terminal
 from vmpo.rewards import Reward, score_images
 from vmpo.training.prompts import PromptSet
+from vmpo.trajectory import Trajectory
 
 
+@torch.no_grad()
 def decode(policy: Policy, x_0: Tensor, batch: int) -> Tensor:
     """Pictures of clean states on the CPU, (N, 3, H, W), in batches."""
     return torch.cat([policy.decode(part.to(policy.device)).cpu() for part in x_0.split(batch)])
@@ -26,25 +33,79 @@ def score_states(
 
 
 def evaluated_steps(objective: Objective, num_stochastic: int, chosen: list[int] | None) -> list[int]:
-    """The stochastic steps whose predicted clean state is scored: none unless the potential is the difference."""
-    if objective.potential != "difference":
+    """The stochastic steps whose predicted clean state is scored: none unless the potential asks for states' rewards.
+
+    A loss of gradients reads the gradients of rewards in place of their values.
+    """
+    if not objective.needs_values or objective.loss == "gradient":
         return []
     return list(range(num_stochastic)) if chosen is None else sorted(set(chosen))
 
 
-def potentials(objective: Objective, reward: Tensor, values: dict[int, Tensor], num_steps: int, beta: float) -> Tensor:
-    """Δφ of each step in nats, (N, S).
+def intermediate_values(reward: Tensor, values: dict[int, Tensor], num_steps: int) -> Tensor:
+    """Rewards of the states before each stochastic step (NaN where not evaluated) and of x_0, (N, S+1) float64.
 
     Args:
         reward: r(x_0), (N,).
-        values: r(x̂_0(x_t)) before stochastic step s, {s: (N,)}, for the difference potential.
+        values: r(x̂_0(x_t)) before stochastic step s, {s: (N,)}.
     """
-    if objective.potential == "difference":
-        table = torch.full((len(reward), num_steps + 1), torch.nan, dtype=torch.float64)
-        for s, value in values.items():
-            table[:, s] = value.double()
-        table[:, num_steps] = reward.double()
-        return difference(table, beta).float()
+    table = torch.full((len(reward), num_steps + 1), torch.nan, dtype=torch.float64)
+    for s, value in values.items():
+        table[:, s] = value.double()
+    table[:, num_steps] = reward.double()
+    return table
+
+
+def potentials(objective: Objective, reward: Tensor, values: dict[int, Tensor], num_steps: int, beta: float) -> Tensor:
+    """Δφ of each step in nats, (N, S); arguments as in `intermediate_values`."""
+    if objective.needs_values:
+        return difference(intermediate_values(reward, values, num_steps), beta).float()
     if objective.potential == "terminal":
         return terminal(reward.double(), num_steps, beta).float()
     return return_to_go(reward.double(), num_steps, beta, per_step=objective.per_step).float()
+
+
+def value_gradients(
+    policy: Policy,
+    kernel: Kernel,
+    rewards: dict[str, Reward],
+    weights: dict[str, float],
+    trajectory: Trajectory,
+    conditioning: Conditioning,
+    prompts: PromptSet,
+    batch: int,
+    predictor: Predictor = "policy",
+) -> Tensor:
+    """∇_x Σ_k w_k r_k(x̂_0(x)) at the states before each stochastic step and after the last, (n, S+1, *shape).
+
+    Rewards are differentiated through the decoder and the current network's prediction (Eq. 54, first term).
+
+    Raises:
+        UserError: if a reward that calls itself differentiable returns a value without a gradient.
+    """
+    positions = [*kernel.stochastic_steps.tolist(), int(kernel.stochastic_steps[-1]) + 1]
+    parts = []
+    for rows in torch.arange(len(trajectory)).split(batch):
+        local = prompts.take(rows.tolist())
+        columns = []
+        for k in positions:
+            x = trajectory.x[rows, k].detach().to(policy.device).requires_grad_()
+            with policy.reference() if predictor == "reference" else nullcontext():
+                x_0 = _clean(policy, kernel, x, k, conditioning[rows].to(policy.device))
+            images = policy.decode(x_0)
+            total = torch.zeros((), device=images.device)
+            for name, weight in weights.items():
+                total = total + weight * rewards[name](images, local.prompts, local.metadata).sum()
+            if not total.requires_grad:
+                raise UserError(f"rewards {', '.join(weights)}: the value has no gradient although they promise one")
+            columns.append(torch.autograd.grad(total, x)[0])
+        parts.append(torch.stack(columns, 1))
+    return torch.cat(parts)
+
+
+def _clean(policy: Policy, kernel: Kernel, x: Tensor, k: int, conditioning: Conditioning) -> Tensor:
+    if k == kernel.num_steps:
+        return x
+    step = torch.full((len(x),), k, device=x.device)
+    output = policy.predict(x, kernel.times.to(x.device)[step], conditioning)
+    return kernel.predict_x0(x, output, step)

@@ -9,12 +9,14 @@ import torch
 
 from vmpo.errors import UserError
 from vmpo.kernels import Kernel, build_kernel
-from vmpo.objectives import Objective, get_objective
+from vmpo.objectives import LearnedCentre, Objective, get_objective
 from vmpo.policies.loading import add_lora, load_policy
 from vmpo.policies.policy import Policy
 from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
+from vmpo.policies.value_network import ValueNetwork
 from vmpo.rewards import Reward, check_prompts, load_reward
 from vmpo.training.config import Config
+from vmpo.training.learned_terms import LearnedTerms
 from vmpo.training.prompts import PromptSet, load_prompts
 
 
@@ -64,16 +66,15 @@ def load_objective_of(config: Config) -> Objective:
     Raises:
         UserError: if there is no such method, or the parts do not make a sound one.
     """
-    own = {field: getattr(config.objective, field) for field in ("potential", "centre", "clip_range")}
-    return replace(get_objective(config.objective.name), **{k: v for k, v in own.items() if v is not None})
+    return replace(get_objective(config.objective.name), **config.objective.parts())
 
 
-def density_scale(config: Config, policy: Policy) -> float:
-    """What log-densities are multiplied by in the objective: 1, or 1/D where `objective.log_prob=mean`.
+def density_scale(objective: Objective, policy: Policy) -> float:
+    """What log-densities are multiplied by in the objective: 1, or 1/D where its log_prob is the mean.
 
     The exact densities are then tilted at the temperature beta times this scale (docs/concepts.md).
     """
-    return 1.0 if config.objective.log_prob == "sum" else 1.0 / math.prod(policy.state_shape)
+    return 1.0 if objective.log_prob == "sum" else 1.0 / math.prod(policy.state_shape)
 
 
 def load_rewards_of(config: Config) -> dict[str, Reward]:
@@ -87,6 +88,46 @@ def load_prompts_of(config: Config, rewards: dict[str, Reward]) -> tuple[PromptS
     for prompts in (train, test):
         check_prompts(rewards, prompts.prompts)
     return train, test
+
+
+def learned_terms(parts: Parts, num_prompts: int, seed: int) -> LearnedTerms:
+    """What the objective learns beside the policy, untrained; the same for the same seed."""
+    objective, steps, policy = parts.objective, parts.kernel.stochastic_steps, parts.policy
+    centre = None
+    if objective.is_learned:
+        centre = LearnedCentre(len(steps), objective.level, num_prompts if objective.centre == "prompt" else None)
+
+    def network() -> ValueNetwork:
+        example = policy.encode([parts.train.prompts[0]])
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return ValueNetwork(policy.state_shape, example, parts.kernel.num_steps).to(policy.device)
+
+    value = network() if objective.centre == "value" else None
+    potential = network() if objective.potential in ("learned", "learned_product") else None
+    return LearnedTerms(objective, steps, centre, value, potential)
+
+
+def check_gradients(objective: Objective, kernel: Kernel, rewards: dict[str, Reward]) -> None:
+    """A loss of gradients needs rewards that have one, and steps that follow each other.
+
+    Raises:
+        UserError: otherwise, with the reward's name.
+    """
+    if objective.loss != "gradient":
+        return
+    for name, reward in rewards.items():
+        if not reward.differentiable:
+            raise UserError(
+                f"objective '{objective.name}' follows the gradient of the reward, and '{name}' has none; use a "
+                f"differentiable reward, or an objective that only needs its values, such as vmpo_diff"
+            )
+    steps = kernel.stochastic_steps
+    if bool((steps.diff() != 1).any()):
+        raise UserError(
+            f"objective '{objective.name}' needs stochastic steps that follow each other, not {steps.tolist()}; "
+            f"set sampler.window"
+        )
 
 
 def load_parts(config: Config, device: torch.device | str) -> Parts:
@@ -103,6 +144,7 @@ def load_parts(config: Config, device: torch.device | str) -> Parts:
             f"density to train on; set sampler.eta above 0"
         )
     rewards = load_rewards_of(config)
+    check_gradients(objective, kernel, {name: rewards[name] for name in config.reward.weights})
     train, test = load_prompts_of(config, rewards)
     policy = load_policy_of(config, device)
     lora = config.model.lora

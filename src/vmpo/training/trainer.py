@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vmpo.errors import UserError
 from vmpo.log_weights import LogWeights
-from vmpo.objectives import LearnedCentre
 from vmpo.policies.loading import lora_parameters, save_lora
+from vmpo.policies.policy import Conditioning
 from vmpo.potentials import terminal
 from vmpo.rewards import combine
 from vmpo.rollouts import rollout
@@ -32,9 +32,11 @@ from vmpo.training.pictures import save_grid
 from vmpo.training.processes import gather_rows, share, slowest
 from vmpo.training.prompts import PromptSet, epoch_prompts
 from vmpo.training.provenance import provenance
-from vmpo.training.scoring import evaluated_steps, potentials, score_states
-from vmpo.training.setup import Parts, density_scale
-from vmpo.training.update import Penalties, Rollout, Updater
+from vmpo.training.rollout import Rollout, log_anchor
+from vmpo.training.scoring import evaluated_steps, intermediate_values, potentials, score_states, value_gradients
+from vmpo.training.setup import Parts, density_scale, learned_terms
+from vmpo.training.update import Penalties, Updater
+from vmpo.trajectory import Trajectory
 
 Metrics = dict[str, Any]
 
@@ -49,29 +51,28 @@ class Trainer:
         self.best: tuple[float, int, list[Tensor]] | None = None
         adapter = lora_parameters(parts.policy)
         self.average = Average(adapter, config.optimisation.ema)
-        num_stochastic = len(parts.kernel.stochastic_steps)
-        learned = parts.objective.centre == "learned"
-        self.centre = LearnedCentre(num_stochastic, parts.objective.level) if learned else None
+        self.terms = learned_terms(parts, len(parts.train), config.seed)
+        self.replayed = list[Rollout]()
         self.updater = self._build_updater(adapter)
 
     def _build_updater(self, adapter: list[torch.nn.Parameter]) -> Updater:
-        settings, objective = self.config.optimisation, self.config.objective
+        settings, objective = self.config.optimisation, self.parts.objective
         groups: list[dict[str, Any]] = [{"params": adapter, "peak": settings.lr}]
-        if self.centre is not None:
+        if self.terms:
             peak = settings.lr if settings.lr_centre is None else settings.lr_centre
-            groups.append({"params": list(self.centre.parameters()), "peak": peak, "weight_decay": 0.0})
+            groups.append({"params": self.terms.parameters, "peak": peak, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
         return Updater(
             self.parts.policy,
             self.parts.kernel,
             self.parts.objective,
-            self.centre,
+            self.terms,
             Penalties(objective.kl_old, objective.kl_ref),
             optimizer,
             self.accelerator,
             micro_batch=settings.micro_batch,
             grad_clip=settings.grad_clip,
-            density_scale=density_scale(self.config, self.parts.policy),
+            density_scale=density_scale(objective, self.parts.policy),
         )
 
     # --- an epoch -------------------------------------------------------------------------------------------------
@@ -82,7 +83,8 @@ class Trainer:
         total = settings.prompts * settings.group
         mine, group = share(total, self.accelerator), torch.arange(total) // settings.group
         chosen = epoch_prompts(len(parts.train), settings.prompts, epoch, config.seed)
-        local = parts.train.take([chosen[i // settings.group] for i in mine])
+        prompt = torch.tensor([chosen[g] for g in group.tolist()])
+        local = parts.train.take(prompt[mine].tolist())
         conditioning = parts.policy.encode(local.prompts)
         steps = len(parts.kernel.stochastic_steps)
         began = time.perf_counter()
@@ -93,6 +95,8 @@ class Trainer:
             [((config.seed + 1) * 1_000_003 + epoch) * 100_003 + i for i in mine],
             batch=settings.micro_batch,
             x0_hat_at=evaluated_steps(parts.objective, steps, config.objective.intermediate),
+            x0_hat_of=parts.objective.predictor,
+            from_reference=reference_rows(parts.objective.reference_share, settings.group, mine),
             progress=progress,
         )
         rolled = time.perf_counter()
@@ -101,31 +105,56 @@ class Trainer:
         if epoch == 0:
             check_rewards_vary(reward, group)
         values = {s: self._total_reward(state, local, mine, group) for s, state in drawn.x0_hat.items()}
-        scored = time.perf_counter()
-        log_p_old, log_p_ref, kl_ref = (
-            gather_rows(rows.cpu(), mine, total, self.accelerator)
-            for rows in (drawn.log_p_old, drawn.log_p_ref, drawn.kl_ref)
+        data = self._rollout(drawn, conditioning, local, mine, group, prompt, reward, values)
+        times = {"time_rollout": rolled - began, "time_rewards": time.perf_counter() - rolled}
+        return data, {**reward_metrics(reward, group), **self._weight_metrics(drawn, mine, group, reward), **times}
+
+    def _rollout(
+        self,
+        drawn: Trajectory,
+        conditioning: Conditioning,
+        local: PromptSet,
+        mine: list[int],
+        group: Tensor,
+        prompt: Tensor,
+        reward: Tensor,
+        values: dict[int, Tensor],
+    ) -> Rollout:
+        objective, kernel = self.parts.objective, self.parts.kernel
+        scale, beta, steps = self.updater.density_scale, self.config.objective.beta, len(kernel.stochastic_steps)
+        anchor = log_anchor(objective, kernel, drawn, drawn.log_p_old, drawn.log_p_ref)
+        log_p_old, log_p_anchor = (
+            scale * gather_rows(rows.cpu(), mine, len(group), self.accelerator) for rows in (drawn.log_p_old, anchor)
         )
-        scale, beta = self.updater.density_scale, config.objective.beta
-        data = Rollout(
+        gradient = None
+        if objective.loss == "gradient":
+            weights, batch = self.config.reward.weights, self.config.optimisation.micro_batch
+            policy, rewards = self.parts.policy, self.parts.rewards
+            gradient = value_gradients(
+                policy, kernel, rewards, weights, drawn, conditioning, local, batch, objective.predictor
+            )
+            gradient = gradient / beta
+        return Rollout(
             trajectory=drawn,
             conditioning=conditioning,
             rows=mine,
             group=group,
-            log_p_old=scale * log_p_old,
-            log_p_ref=scale * log_p_ref,
-            delta_phi=potentials(parts.objective, reward, values, steps, beta),
+            log_p_old=log_p_old,
+            log_anchor=log_p_anchor,
+            delta_phi=potentials(objective, reward, values, steps, beta),
+            prompt=prompt,
+            values=(intermediate_values(reward, values, steps) / beta).nan_to_num().float(),
+            value_gradient=gradient,
         )
-        # the weight of a trajectory as a sample of the tilted target, whatever the potential that trains it
-        tilt = terminal(reward.double(), steps, scale * beta)
-        weights = LogWeights((log_p_ref - log_p_old).double() + tilt, group)
-        times = {"time_rollout": rolled - began, "time_rewards": scored - rolled}
-        return data, {
-            **reward_metrics(reward, group),
-            **weights.summary(),
-            "kl_ref": kl_ref.sum(1).mean().item(),
-            **times,
-        }
+
+    def _weight_metrics(self, drawn: Trajectory, mine: list[int], group: Tensor, reward: Tensor) -> Metrics:
+        """Spread of the trajectories' weights as samples of the tilted target, whatever the potential that trains."""
+        log_ratio, kl_ref = (
+            gather_rows(rows.cpu(), mine, len(group), self.accelerator)
+            for rows in (drawn.log_p_ref.double() - drawn.log_p_old.double(), drawn.kl_ref)
+        )
+        tilt = terminal(reward.double(), log_ratio.shape[1], self.updater.density_scale * self.config.objective.beta)
+        return {**LogWeights(log_ratio + tilt, group).summary(), "kl_ref": kl_ref.sum(1).mean().item()}
 
     def _total_reward(self, states: Tensor, local: PromptSet, mine: list[int], group: Tensor) -> Tensor:
         """The weighted reward of all processes' clean states, (N,)."""
@@ -142,15 +171,11 @@ class Trainer:
         data, metrics = self.draw(self.epoch, progress)
         if self.epoch == 0:
             metrics["step0_log_ratio"] = check_ratio(self.updater, data)
-            if self.centre is not None:
-                self.centre.initialise(data.log_p_ref - data.log_p_old + data.delta_phi)
+        if self.terms.centre is not None and (self.epoch == 0 or self.terms.centre.num_prompts is not None):
+            start = self.parts.objective.centre_start(data.log_p_old, data.log_anchor, data.delta_phi)
+            self.terms.centre.initialise(start, data.prompt)
         updating = time.perf_counter()
-        parts = torch.arange(settings.prompts).tensor_split(min(settings.updates, settings.prompts))
-        taken: list[dict[str, float]] = []
-        for index, groups in enumerate(parts):
-            self._set_learning_rate(self.epoch * len(parts) + index, self.config.optimisation.epochs * len(parts))
-            taken.append(self.updater.step(data, groups, on_policy=index == 0))
-            self.average.update()
+        taken = self._update(data)
         if self.epoch == 0:
             check_adapter(self.parts.policy, self.updater, data, taken[0]["grad_norm"])
         metrics |= {key: sum(t[key] for t in taken) / len(taken) for key in taken[0]}
@@ -159,6 +184,21 @@ class Trainer:
         self.seconds += slowest(time.perf_counter() - began, self.accelerator)
         counts = {"epoch": self.epoch, "samples": self.epoch * settings.prompts * settings.group}
         return {**counts, "seconds": self.seconds, **metrics}
+
+    def _update(self, data: Rollout) -> list[dict[str, float]]:
+        """The epoch's optimiser steps: on shares of the rollout, as often as it is reused, then on earlier ones."""
+        settings, objective = self.config.optimisation, self.parts.objective
+        everything = torch.arange(settings.prompts)
+        shares = everything.tensor_split(min(settings.updates, settings.prompts)) * objective.reuse
+        jobs = [(data, groups) for groups in shares] + [(old, everything) for old in self.replayed]
+        most = len(shares) + objective.replay
+        taken: list[dict[str, float]] = []
+        for index, (rollout_, groups) in enumerate(jobs):
+            self._set_learning_rate(self.epoch * most + index, settings.epochs * most)
+            taken.append(self.updater.step(rollout_, groups, on_policy=index == 0))
+            self.average.update()
+        self.replayed = [data, *self.replayed][: objective.replay]
+        return taken
 
     def _set_learning_rate(self, update: int, total: int) -> None:
         settings = self.config.optimisation
@@ -272,7 +312,8 @@ class Trainer:
             "adapter": [p.detach().clone() for p in self.average.parameters],
             "average": self.average.values,
             "average_updates": self.average.updates,
-            "centre": self.centre.state_dict() if self.centre is not None else None,
+            "terms": self.terms.state(),
+            "replayed": self.replayed,
             "optimizer": self.updater.optimizer.state_dict(),
             "best": self.best,
             "rng": {
@@ -294,8 +335,8 @@ class Trainer:
         set_values(self.average.parameters, state["adapter"])
         set_values(self.average.values, state["average"])  # type: ignore[arg-type]
         self.average.updates = state["average_updates"]
-        if self.centre is not None:
-            self.centre.load_state_dict(state["centre"])
+        self.terms.load(state["terms"])
+        self.replayed = state["replayed"]
         self.updater.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"]["torch"])
         if state["rng"]["cuda"]:
@@ -326,3 +367,8 @@ def reward_metrics(reward: Tensor, group: Tensor) -> Metrics:
         "zero_std_ratio": sum(len(r.unique()) < 2 for r in groups) / len(groups),
         "failed_rewards": 1 - finite.float().mean().item(),
     }
+
+
+def reference_rows(share: float, group: int, rows: list[int]) -> Tensor | None:
+    """Which of the samples `rows` p_ref draws, (n,): the last of each group, as many as its share rounds to."""
+    return torch.tensor(rows) % group >= group - round(share * group) if share > 0 else None

@@ -9,29 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vmpo.kernels import Gaussian, Kernel
-from vmpo.objectives import LearnedCentre, Objective, RowTerms, kl_weight
+from vmpo.objectives import Objective, RowTerms, kl_weight
 from vmpo.policies.policy import Conditioning, Policy
+from vmpo.training.learned_terms import LearnedTerms
+from vmpo.training.matching import matching_loss
 from vmpo.training.processes import gather_rows, sum_gradients
-from vmpo.trajectory import Trajectory
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """An epoch's data: this process's trajectories, and the (N, S) matrices of all processes' samples.
-
-    Attributes:
-        rows: global sample index of each local trajectory.
-        group: global group index, (N,).
-        log_p_old, log_p_ref, delta_phi: nats, (N, S).
-    """
-
-    trajectory: Trajectory
-    conditioning: Conditioning
-    rows: list[int]
-    group: Tensor
-    log_p_old: Tensor
-    log_p_ref: Tensor
-    delta_phi: Tensor
+from vmpo.training.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -50,7 +33,7 @@ class Updater:
         policy: Policy,
         kernel: Kernel,
         objective: Objective,
-        centre: LearnedCentre | None,
+        terms: LearnedTerms,
         penalties: Penalties,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
@@ -59,27 +42,28 @@ class Updater:
         grad_clip: float,
         density_scale: float = 1.0,
     ) -> None:
-        self.policy, self.kernel, self.objective, self.centre = policy, kernel, objective, centre
+        self.policy, self.kernel, self.objective, self.terms = policy, kernel, objective, terms
         self.penalties, self.optimizer, self.accelerator = penalties, optimizer, accelerator
         self.micro_batch, self.grad_clip, self.density_scale = micro_batch, grad_clip, density_scale
         self.steps = kernel.stochastic_steps
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What the optimiser steps: the adapter, and M(t) where the centre is learned."""
+        """What the optimiser steps: the adapter, and what is learned beside it."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def distribution(self, x_t: Tensor, k: Tensor, conditioning: Conditioning) -> Gaussian:
+        """The policy's kernel at states of steps k, (R, *shape) and (R,)."""
+        device = self.policy.device
+        time = self.kernel.times[k].to(device)
+        output = self.policy.predict(x_t.to(device), time, conditioning.to(device))
+        return self.kernel.transition(x_t.to(device), output, k.to(device))
 
     def transition(self, rollout: Rollout, local: Tensor, s: Tensor) -> tuple[Gaussian, Tensor]:
         """The policy's kernel at rows (local sample, stochastic step), and log p_theta of the stored next state."""
-        trajectory = rollout.trajectory
-        device = self.policy.device
-        k = self.steps[s]
-        x_t = trajectory.x[local, k].to(device)
-        x_next = trajectory.x[local, k + 1].to(device)
-        time = self.kernel.times[k].to(device)
-        output = self.policy.predict(x_t, time, rollout.conditioning[local].to(device))
-        p = self.kernel.transition(x_t, output, k.to(device))
-        return p, self.density_scale * p.log_prob(x_next)
+        x, k = rollout.trajectory.x, self.steps[s]
+        p = self.distribution(x[local, k], k, rollout.conditioning[local])
+        return p, self.density_scale * p.log_prob(x[local, k + 1].to(self.policy.device))
 
     @torch.no_grad()
     def log_p(self, rollout: Rollout, chosen: Tensor) -> Tensor:
@@ -91,27 +75,11 @@ class Updater:
         return gather_rows(local_log_p, rollout.rows, len(rollout.group), self.accelerator)
 
     def step(self, rollout: Rollout, groups: Tensor, *, on_policy: bool) -> dict[str, float]:
-        """One optimiser step on whole groups.
-
-        The coefficients of an off-policy step are those of the current policy: log p_theta is evaluated again,
-        without gradient, before the rows are streamed.
-        """
-        member = torch.isin(rollout.group, groups)
-        local = torch.tensor([i for i, row in enumerate(rollout.rows) if member[row]], dtype=torch.long)
-        stale = not on_policy and self.objective.needs_log_p
-        log_p = self.log_p(rollout, local) if stale else rollout.log_p_old
-        delta_phi = torch.where(member[:, None], rollout.delta_phi, torch.nan)  # other groups sit this step out
-        centre_value = self.centre() if self.centre is not None else None
-        terms = self.objective.rows(
-            log_p, rollout.log_p_ref, delta_phi, rollout.group, None if centre_value is None else centre_value.detach()
-        )
-        totals = self._accumulate(rollout, local, terms)
-        sum_gradients(self.parameters, self.accelerator)
+        """One optimiser step on whole groups: the gradient of `accumulate`, clipped and taken."""
+        totals = self.accumulate(rollout, groups, on_policy=on_policy)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(totals)
         loss, kl_old, ratio, clipped, count = totals.tolist()
         count = max(count, 1.0)
         return {
@@ -122,8 +90,30 @@ class Updater:
             "grad_norm": float(grad_norm),
         }
 
-    def _accumulate(self, rollout: Rollout, local: Tensor, terms: RowTerms) -> Tensor:
-        """Backward over all local rows; returns sums of loss, KL to p_old, ratio, clipped rows and rows."""
+    def accumulate(self, rollout: Rollout, groups: Tensor, *, on_policy: bool) -> Tensor:
+        """Adds the gradient on whole groups; returns sums of loss, KL to p_old, ratio, clipped rows and rows, (5,).
+
+        The coefficients of an off-policy step are those of the current policy: log p_theta is evaluated again,
+        without gradient, before the rows are streamed.
+        """
+        member = torch.isin(rollout.group, groups)
+        local = torch.tensor([i for i, row in enumerate(rollout.rows) if member[row]], dtype=torch.long)
+        stale = not on_policy and self.objective.needs_log_p
+        log_p = self.log_p(rollout, local) if stale else rollout.log_p_old
+        delta_phi = torch.where(member[:, None], rollout.delta_phi, torch.nan)  # other groups sit this step out
+        centre_value = self.terms.matrix(rollout) if self.objective.needs_centre_value else None
+        if centre_value is not None:
+            centre_value = gather_rows(centre_value.cpu(), rollout.rows, len(rollout.group), self.accelerator)
+        terms = self.objective.rows(
+            log_p, rollout.log_anchor, delta_phi, rollout.group, centre_value, rollout.log_p_old
+        )
+        totals = self._stream(rollout, local, terms)
+        sum_gradients(self.parameters, self.accelerator)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(totals)
+        return totals
+
+    def _stream(self, rollout: Rollout, local: Tensor, terms: RowTerms) -> Tensor:
         totals = torch.zeros(5, dtype=torch.float64)
         sample = local.repeat(len(self.steps))
         s = torch.arange(len(self.steps)).repeat_interleave(len(local))
@@ -135,20 +125,30 @@ class Updater:
         return totals
 
     def _backward(self, rollout: Rollout, terms: RowTerms, local: Tensor, s: Tensor, row: Tensor) -> Tensor:
+        weight = terms.weight[row, s].to(self.policy.device)
+        if self.objective.loss == "gradient":
+            loss = (weight * matching_loss(self, rollout, local, s)).sum()
+            loss.backward()
+            return torch.tensor([loss.item(), 0.0, float(len(row)), 0.0, len(row)], dtype=torch.float64)
         p, log_p = self.transition(rollout, local, s)
-        trajectory, device = rollout.trajectory, log_p.device
-        log_p_old = rollout.log_p_old[row, s].to(device)
-        weight = terms.weight[row, s].to(device)
+        device = log_p.device
+        log_p_old, advantage = rollout.log_p_old[row, s].to(device), terms.advantage[row, s].to(device)
+        learned = self.terms.rows(rollout, local, s)
+        row_loss = self.objective.row_loss(log_p, log_p_old, advantage, learned)
         penalty_weight = kl_weight(self.objective, terms.mask)[row, s].to(device)
-        centre_value = self.centre()[s] if self.centre is not None else None
-        row_loss = self.objective.row_loss(log_p, log_p_old, terms.advantage[row, s].to(device), centre_value)
-        kl_old = self.density_scale * p.kl(Gaussian(trajectory.mean_old[local, s].to(device), p.std))
-        loss = (weight * row_loss).sum() + self.penalties.kl_old * (penalty_weight * kl_old).sum()
+        kl_old = self._kl(p, rollout.trajectory.mean_old[local, s])
+        loss = (weight * row_loss).sum()
+        if self.penalties.kl_old > 0:
+            loss = loss + self.penalties.kl_old * (penalty_weight * kl_old).sum()
         if self.penalties.kl_ref > 0:
-            kl_ref = self.density_scale * p.kl(Gaussian(trajectory.mean_ref[local, s].to(device), p.std))
+            kl_ref = self._kl(p, rollout.trajectory.mean_ref[local, s])
             loss = loss + self.penalties.kl_ref * (penalty_weight * kl_ref).sum()
         loss.backward()
-        seen = self.objective.metrics(log_p, log_p_old, terms.advantage[row, s].to(device))
+        centred = advantage if learned is None else advantage - learned.detach()
+        seen = self.objective.metrics(log_p, log_p_old, centred)
         n = len(row)
         sums = [loss.item(), kl_old.sum().item(), n * seen["ratio_mean"], n * seen["clip_fraction"], n]
         return torch.tensor(sums, dtype=torch.float64)
+
+    def _kl(self, p: Gaussian, mean: Tensor) -> Tensor:
+        return self.density_scale * p.kl(p.with_mean(mean.to(p.mean)))
