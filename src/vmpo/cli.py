@@ -1,4 +1,4 @@
-"""The command line: `vmpo train`, `sample`, `evaluate`, `report`, `recipes`, `pretrain`."""
+"""The command line: `vmpo train`, `sample`, `evaluate`, `report`, `recipes`, `compare`, `pretrain`."""
 
 from __future__ import annotations
 
@@ -135,6 +135,50 @@ def pretrain(
 
     pretrain_glyphs(out, scale=scale, compiled=compiled, log=lambda line: console.print(line))
     console.print(f"pipeline: {out}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    objectives: Annotated[
+        list[str] | None,
+        typer.Argument(help="Objectives, NAME[,part=value…]; those of interest in each world if none is named."),
+    ] = None,
+    on: Annotated[
+        list[str] | None, typer.Option("--on", help="Exact worlds or recipes, one a flag; all exact worlds by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results; a comparison that was stopped goes on.")] = Path(
+        "runs/comparison"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 … N−1.")] = 3,
+    samples: Annotated[int | None, typer.Option(min=1, help="Trajectories each training may draw.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Seconds each training may take.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time; the number of cores.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="key.path=value for every training of a recipe.")
+    ] = None,
+) -> None:
+    """Compare objectives in worlds whose answer is known, or by recipes, on equal budgets."""
+    _begin()
+    from vmpo.comparison.compare import compare as run_comparison
+    from vmpo.reports.comparison_page import print_table, read_results, write_comparison
+
+    worlds, recipes_ = run_comparison(
+        list(objectives or []),
+        list(on or []),
+        out,
+        seeds=seeds,
+        samples=samples,
+        seconds=seconds,
+        jobs=jobs,
+        overrides=list(override or []),
+        command=["vmpo", *sys.argv[1:]],
+        console=console,
+    )
+    if worlds:
+        print_table(console, read_results(out))
+        console.print(f"page: {write_comparison(out).resolve()}", soft_wrap=True)
+    for name in recipes_:
+        console.print((out / f"{name}.md").read_text(), markup=False, soft_wrap=True)
 
 
 def _print_evaluation(found: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_sample_inverts_the_cumulative_distribution() -> None:
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     x = p.sample(torch.special.ndtri(u)[:, None].expand(-1, 2))
     for element in range(2):
-        counts = torch.bincount(x[:, element].long(), minlength=5) / 100_000
+        counts = torch.bincount(x[:, element].long(), minlength=5).double() / 100_000
         torch.testing.assert_close(counts, p.mean[0, element], rtol=0, atol=2e-5)
 
 

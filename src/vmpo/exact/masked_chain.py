@@ -74,6 +74,7 @@ class MaskedChain(World):
         self._rewards[:, self.clean] = reward_scale * table
         self.log_p_ref = torch.stack([self._step_law(k).log() for k in range(steps)])
         self._reference_logits = self.log_p_ref.clamp(min=IMPOSSIBLE)
+        kernel.log_noising = torch.stack([self._noising_law(k).log() for k in range(steps)]).clamp(min=IMPOSSIBLE)
 
     def _step_law(self, k: int) -> Tensor:
         """p_ref(next | state) of step k, (n, n)."""
@@ -91,6 +92,14 @@ class MaskedChain(World):
         factor = torch.where(masked[..., None], change, keep)  # (n, L, V+1)
         position = torch.arange(self.length)
         return factor[:, position, self.digits].prod(-1)
+
+    def _noising_law(self, k: int) -> Tensor:
+        """q(x[k] | x[k+1]), (n, n): each token is masked with probability (m_t − m_s)/(1 − m_s) = 1/(k+1)."""
+        masked = 1.0 / (k + 1)
+        here, cleaner = self.digits[None], self.digits[:, None]
+        same, hides = here == cleaner, (here == self.tokens) & (cleaner < self.tokens)
+        stays = torch.where(cleaner == self.tokens, 1.0, 1.0 - masked)
+        return torch.where(same, stays, torch.where(hides, masked, 0.0)).to(torch.float64).prod(-1)
 
     # --- policies -------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from vmpo.errors import UserError
-from vmpo.exact.networks import NetworkCorrection, NetworkStateFunction
+from vmpo.exact.mixture_correction import MixtureCorrection, MixtureStateFunction
 from vmpo.exact.quadrature import Interpolant, LineChain
 from vmpo.exact.world import Truth, World, WorldPolicy, check_betas
 from vmpo.kernels import DDIM, ddim_schedule
@@ -50,7 +51,7 @@ class Mixture(World):
 
     def __init__(
         self,
-        num_steps: int = 25,
+        num_steps: int = 50,
         beta: float = 1.0,
         *,
         rates: tuple[float, ...] = (0.01, 1.0),
@@ -90,24 +91,15 @@ class Mixture(World):
 
     # --- policies -------------------------------------------------------------------------------------------------
 
-    @property
-    def _spread(self) -> Tensor:
-        """The standard deviation of x_k on every axis, (T+1, D)."""
-        signal, noise = self.kernel.levels()
-        data = self.variance + self.centres.var(correction=0)
-        return (signal.square() * data + noise.square()).sqrt()[:, None].expand(-1, len(self.rates))
-
     def policy(self, seed: int = 0) -> WorldPolicy:
-        """The exact ε plus a small network of (x, k); the seed is that of its first layers."""
-        steps = torch.arange(self.kernel.num_steps)
-        one = torch.ones(len(steps), 1, dtype=torch.float64)
-        response = self.kernel.transition(torch.zeros_like(one), one, steps).mean[:, 0]
-        correction = NetworkCorrection(self._spread[:-1], self.kernel.std / response, seed)
+        """The exact ε with other weights, centres and variances of the modes at every step; no randomness in it."""
+        correction = MixtureCorrection(self.kernel.alpha_bar, len(self.rates), self.centres, self.variance)
         return WorldPolicy(self.kernel, self.prompts, self.state_shape, self._epsilon, correction)
 
     def state_function(self, seed: int = 0) -> nn.Module:
-        """A small network of (x, k)."""
-        return NetworkStateFunction(self._spread, seed)
+        """The log-ratio of two mixtures at every position."""
+        alpha_bar = torch.cat([self.kernel.alpha_bar, self.kernel.alpha_bar_prev[-1:]])
+        return MixtureStateFunction(alpha_bar, len(self.rates), self.centres, self.variance)
 
     # --- the tilted law -------------------------------------------------------------------------------------------
 
@@ -170,7 +162,7 @@ class Mixture(World):
         rate, squares = self.rates[:, None], self.centres.square()
         shrink = 1.0 + 2.0 * rate / self.beta * self.variance
         log_weight = -rate / self.beta * squares / shrink - 0.5 * shrink.log()
-        log_z = (torch.logsumexp(log_weight, 1) - torch.log(torch.tensor(float(len(squares))))).sum()
+        log_z = (torch.logsumexp(log_weight, 1) - math.log(len(squares))).sum()
         second = self.variance / shrink + squares / shrink.square()
         reward = -(log_weight.softmax(1) * rate * second).sum()
         reward_ref = -(rate * (self.variance + squares.mean())).sum()

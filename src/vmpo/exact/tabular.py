@@ -19,11 +19,12 @@ class TabularKernel(Kernel):
         num_steps: T.
         num_states: n.
         start: index of the state every chain starts in.
+        log_noising: log q(x[k] | x[k+1]), (T, n, n) with x[k+1] in rows; None: there is no noising kernel.
     """
 
-    def __init__(self, num_steps: int, num_states: int, start: int) -> None:
+    def __init__(self, num_steps: int, num_states: int, start: int, log_noising: Tensor | None = None) -> None:
         super().__init__(torch.arange(num_steps, 0, -1), torch.ones(num_steps, dtype=torch.bool))
-        self.num_states, self.start = num_states, start
+        self.num_states, self.start, self.log_noising = num_states, start, log_noising
 
     def initial(self, noise: Tensor) -> Tensor:
         """The start state in every row, (B, 1), in the noise's dtype."""
@@ -34,6 +35,12 @@ class TabularKernel(Kernel):
         if output.shape != (*x_t.shape, self.num_states):
             raise ValueError(f"output {tuple(output.shape)}: logits {(*x_t.shape, self.num_states)} are right")
         return Categorical(output)
+
+    def noising(self, x_next: Tensor, step: Tensor) -> Categorical:  # type: ignore[override]
+        """q(x[k] | x[k+1]) over the n states of x[k]."""
+        if self.log_noising is None:
+            raise UserError("this tabular chain has no noising kernel q(x_t | x_(t-1)); use an objective with p_ref")
+        return Categorical(self.log_noising[step, x_next[:, 0].long()][:, None])
 
     def predict_x0(self, x_t: Tensor, output: Tensor, step: Tensor) -> Tensor:
         raise UserError("a tabular chain has no predicted clean state: use the exact soft_value or mean_reward")
