@@ -121,6 +121,19 @@ def recipes() -> None:
 
 
 @app.command()
+def objectives() -> None:
+    """List the objectives and what they are made of."""
+    from vmpo.objectives import FAMILIES
+
+    table = Table("objective", "level", "centre", "loss", "potential", "anchor", "source", box=None)
+    for family in FAMILIES.values():
+        for o in family:
+            table.add_row(o.name, o.level, o.centre, o.loss, o.potential, o.anchor, o.source)
+        table.add_section()
+    console.print(table)
+
+
+@app.command()
 def pretrain(
     model: Annotated[str, typer.Argument(help="The embedded pipeline to train from nothing: 'glyphs'.")],
     out: Annotated[Path, typer.Option(help="Folder for the pipeline.")] = Path("pretrained/glyphs"),

@@ -15,7 +15,9 @@ from vmpo.kernels import build_kernel
 from vmpo.objectives import OBJECTIVES, LearnedCentre, Objective
 from vmpo.policies.policy import Conditioning
 from vmpo.rollouts import rollout
-from vmpo.training.update import Penalties, Rollout, Updater
+from vmpo.training.learned_terms import LearnedTerms
+from vmpo.training.rollout import Rollout
+from vmpo.training.update import Penalties, Updater
 
 SHAPE, GROUPS, K, SCALE = (2, 3), 3, 4, 0.37
 N = GROUPS * K
@@ -101,7 +103,7 @@ def streamed(name: str, micro_batch: int, groups: list[int] = CHOSEN) -> tuple[l
         cast(Any, policy),
         KERNEL,
         OBJECTIVES[name],
-        centre,
+        LearnedTerms(OBJECTIVES[name], KERNEL.stochastic_steps, centre),
         Penalties(KL_OLD, KL_REF),
         optimizer,
         cast(Any, SimpleNamespace(num_processes=1, process_index=0)),
@@ -136,7 +138,7 @@ def members(group: int) -> list[int]:
 
 def policy_loss(name: str, whole: Whole, data: Rollout, centre: LearnedCentre | None, groups: list[int]) -> Tensor:
     """The objective as the paper writes it, over whole groups."""
-    log_w = data.log_p_ref - whole.log_p + data.delta_phi
+    log_w = data.log_anchor - whole.log_p + data.delta_phi
     if centre is not None:  # Eq. 8: the mean over all transitions
         kept = [i for g in groups for i in members(g)]
         return (log_w[kept] - centre.value.double()).square().mean()
@@ -222,7 +224,9 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
     policy, data = problem()
     optimizer = Recorder(list(policy.denoiser.parameters()), lr=1.0)
     accelerator = cast(Any, SimpleNamespace(num_processes=1, process_index=0))
-    parts = (cast(Any, policy), KERNEL, OBJECTIVES["log_variance"], None, Penalties(KL_OLD, KL_REF), optimizer)
+    objective = OBJECTIVES["log_variance"]
+    terms = LearnedTerms(objective, KERNEL.stochastic_steps)
+    parts = (cast(Any, policy), KERNEL, objective, terms, Penalties(KL_OLD, KL_REF), optimizer)
     updater = Updater(*parts, accelerator, micro_batch=7, grad_clip=1e-2, density_scale=SCALE)
     updater.step(data, torch.tensor(CHOSEN), on_policy=False)
     assert torch.cat([g.flatten() for g in optimizer.seen]).norm() == pytest.approx(1e-2, rel=1e-4)

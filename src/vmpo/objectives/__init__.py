@@ -72,7 +72,7 @@ def get_objective(name: str) -> Objective:
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     close = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.0)
-    raise UserError(f"no objective '{name}'; did you mean '{close[0]}'? (there are {', '.join(OBJECTIVES)})")
+    raise UserError(f"no objective '{name}'; did you mean '{close[0]}'? 'vmpo objectives' lists them")
 
 
 __all__ = ["FAMILIES", "OBJECTIVES", "LearnedCentre", "Objective", "RowTerms", "get_objective", "kl_weight"]
