@@ -36,3 +36,13 @@ def wrong_shape(images: Tensor, prompts: list[str], metadata: Metadata) -> Tenso
 
 def constant(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
     return torch.full((len(images),), 0.5)
+
+
+class Brightness:
+    """Mean brightness, with its gradient."""
+
+    differentiable = True
+    range = "0 to 1"
+
+    def __call__(self, images, prompts, metadata):
+        return images.mean((1, 2, 3))

@@ -85,10 +85,12 @@ def assert_same_run(folder: Path, alone: Path) -> None:
 
 
 def _comparable(state: dict[str, Any]) -> dict[str, Any]:
-    """Tensors only: the optimiser's moments, live and averaged weights, M(t)."""
+    """Tensors only: the optimiser's moments, live and averaged weights, what is learned beside them, replays."""
     moments = [v for _, entry in sorted(state["optimizer"]["state"].items()) for v in entry.values()]
-    centre = list(state["centre"].values())
-    return {"moments": moments, "adapter": state["adapter"], "average": state["average"], "centre": centre}
+    terms = [list(part.values()) for part in state["terms"] if part is not None]
+    replayed = [[rollout.log_p_old, rollout.delta_phi, rollout.trajectory.x] for rollout in state["replayed"]]
+    kept = {"terms": terms, "replayed": replayed}
+    return {"moments": moments, "adapter": state["adapter"], "average": state["average"], **kept}
 
 
 def killed_and_resumed(settings: list[str], folder: Path, seed: int, kills: int, every: int) -> int:

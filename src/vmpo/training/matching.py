@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmpo.training.rollout import Rollout
 
@@ -27,7 +29,9 @@ def matching_loss(updater: Updater, rollout: Rollout, local: Tensor, s: Tensor) 
         raise ValueError(f"objective '{updater.objective.name}' needs the gradients of intermediate rewards")
     direction, trajectory, k = updater.objective.direction, rollout.trajectory, updater.steps[s]
     x_t = trajectory.x[local, k].detach().requires_grad_(direction != "forward")
-    p = updater.distribution(x_t, k, rollout.conditioning[local])
+    # fused attention has no second derivative
+    with nullcontext() if direction == "forward" else sdpa_kernel(SDPBackend.MATH):
+        p = updater.distribution(x_t, k, rollout.conditioning[local])
     total = torch.zeros((), dtype=p.mean.dtype, device=p.mean.device)
     if direction != "backward":
         variance = p.std.square().view(-1, *[1] * (x_t.ndim - 1))
