@@ -173,7 +173,9 @@ def compare(
     """Compare objectives in worlds whose answer is known, or by recipes, on equal budgets."""
     _begin()
     from vmpo.comparison.compare import compare as run_comparison
-    from vmpo.reports.comparison_page import print_table, read_results, write_comparison
+    from vmpo.comparison.variant import family_of
+    from vmpo.reports.comparison_page import read_results, write_comparison
+    from vmpo.reports.comparison_table import print_table
 
     worlds, recipes_ = run_comparison(
         list(objectives or []),
@@ -188,8 +190,10 @@ def compare(
         console=console,
     )
     if worlds:
-        print_table(console, read_results(out))
-        console.print(f"page: {write_comparison(out).resolve()}", soft_wrap=True)
+        results = read_results(out)
+        print_table(console, results)
+        families = {result["objective"]: family_of(result["objective"]) for result in results}
+        console.print(f"page: {write_comparison(out, families).resolve()}", soft_wrap=True)
     for name in recipes_:
         console.print((out / f"{name}.md").read_text(), markup=False, soft_wrap=True)
 

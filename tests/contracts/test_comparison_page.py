@@ -16,16 +16,8 @@ from rich.console import Console
 
 from vmpo.errors import UserError
 from vmpo.reports.comparison_figures import course, families_of, ground_of, law
-from vmpo.reports.comparison_page import (
-    UNTRAINED,
-    amount,
-    markdown_table,
-    over_seeds,
-    print_table,
-    read_results,
-    rows,
-    write_comparison,
-)
+from vmpo.reports.comparison_page import read_results, write_comparison
+from vmpo.reports.comparison_table import UNTRAINED, amount, markdown_table, over_seeds, print_table, rows
 
 NAN = float("nan")
 TRUTH = {"log_z": 1.5, "reward": 0.9, "kl": 0.6, "reward_ref": 0.2}

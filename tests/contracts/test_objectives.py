@@ -328,7 +328,9 @@ def test_a_centre_for_each_prompt_starts_when_the_prompt_is_first_seen() -> None
     torch.testing.assert_close(centre(torch.tensor([4]))[0].double(), log_w[prompt == 3].mean(0) + 7, rtol=1e-6, atol=0)
     whole = LearnedCentre(S, "trajectory", num_prompts=2)
     whole.initialise(log_w, prompt // 3)
-    torch.testing.assert_close(whole(torch.tensor([1])).sum().double(), log_w[prompt == 3].sum(1).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        whole(torch.tensor([1])).sum().double(), log_w[prompt == 3].sum(1).mean(), rtol=1e-6, atol=0
+    )
 
 
 def test_a_scalar_centre_is_the_sum_of_its_shares() -> None:

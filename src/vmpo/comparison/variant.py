@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from vmpo.errors import UserError
-from vmpo.objectives import Objective, get_objective
+from vmpo.objectives import FAMILIES, Objective, get_objective
 
 Intermediate = Literal["predicted", "exact", "none"]
 
@@ -28,6 +28,12 @@ class Variant:
     spec: str
     objective: Objective
     intermediate: Intermediate = "predicted"
+
+
+def family_of(spec: str) -> str:
+    """The family its objective belongs to, for figures."""
+    name = spec.split(",")[0].strip()
+    return next(family for family, members in FAMILIES.items() if any(o.name == name for o in members))
 
 
 def parse_variant(spec: str) -> Variant:

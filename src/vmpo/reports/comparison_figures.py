@@ -16,7 +16,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from vmpo.reports.curves_section import attempt
-from vmpo.reports.figures import Picture, Theme, _draw, data_uri
+from vmpo.reports.figures import Picture, Theme, data_uri, draw_themed
 from vmpo.reports.run_record import finite, section
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -58,7 +58,7 @@ def _compact_path(path: str) -> str:
 
 
 def _figure(draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> Picture:
-    picture = _draw(draw, size)
+    picture = draw_themed(draw, size)
     return Picture(_compact(picture.light), _compact(picture.dark))
 
 

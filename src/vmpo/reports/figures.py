@@ -102,7 +102,7 @@ def _style(theme: Theme) -> dict[str, Any]:
     }
 
 
-def _draw(draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> Picture:
+def draw_themed(draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> Picture:
     with matplotlib.rc_context(_style(LIGHT)):  # type: ignore[arg-type,unused-ignore]
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
@@ -166,7 +166,7 @@ def curves(
         if len(series) + len(levels or {}) > 1:
             axes.legend(loc="best", handlelength=1.6, labelspacing=0.3)
 
-    return _draw(draw, (4.6, 2.9))
+    return draw_themed(draw, (4.6, 2.9))
 
 
 def times(x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> Picture:
@@ -187,7 +187,7 @@ def times(x: Sequence[float], parts: Mapping[str, Sequence[float]]) -> Picture:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.legend(loc="lower right", handlelength=1.0, labelspacing=0.3)
 
-    return _draw(draw, (4.6, 2.9))
+    return draw_themed(draw, (4.6, 2.9))
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def frontier(
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, columnspacing=1.4, handlelength=1.8)
 
-    return _draw(draw, (5.2, 4.0))
+    return draw_themed(draw, (5.2, 4.0))
 
 
 def _draw_optimum(axes: Axes, theme: Theme, known: list[tuple[float, float, float, bool]], widest: float) -> None:
@@ -324,4 +324,4 @@ def bars(shares: Mapping[str, Mapping[str, float]]) -> Picture:
         axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
 
-    return _draw(draw, (3.9, 2.1))
+    return draw_themed(draw, (3.9, 2.1))
