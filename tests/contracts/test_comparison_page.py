@@ -40,14 +40,14 @@ def result(objective: str, seed: int, kl: float, reward: float = 0.9, world: str
         "source": f"Paper on {objective}, Eq. <8>",
         "note": "",
     }
-    made |= {"truth": TRUTH, "curve": curve, "final": final, "gradient_snr": 0.3, "gradient_snr_final": 0.1}
+    made |= {"truth": TRUTH, "curve": curve, "final": final, "gradient_snr": 0.3}
     points = [[math.cos(i), math.sin(2 * i)] for i in range(40)]
     return made | {"seconds": 4.0 + seed, "samples": 100, "points": points, "probabilities": None} | over
 
 
 def diverged(objective: str, seed: int, world: str = "plane") -> dict:
     """A run of which no final number is left."""
-    run = result(objective, seed, 0.1, world=world, note="stopped: not finite", points=[], gradient_snr_final=NAN)
+    run = result(objective, seed, 0.1, world=world, note="stopped: not finite", points=[])
     run["final"] = dict.fromkeys(run["final"], NAN)
     run["curve"][2] |= {"kl_target": NAN, "reward": None}
     return run

@@ -13,7 +13,7 @@ from vmpo.log_weights import LogWeights
 from vmpo.rollouts import rollout_from_noise
 
 MEASURED = 4096
-MEASURED_AT_END = 16_384
+MEASURED_AT_END = 32_768
 DRAWN_POINTS = 800
 
 
@@ -39,6 +39,7 @@ def measure(world: World, policy: WorldPolicy, n: int = MEASURED, seed: int = 47
         "kl_ref": kl_ref.mean().item(),
         "reward": reward.mean().item(),
         "reward_se": _paired_se(reward),
+        "reward_weighted": _weighted(log_w, reward, prompt),
     }
 
 
@@ -53,7 +54,9 @@ def measure_end(world: World, policy: WorldPolicy) -> tuple[dict[str, Any], list
     if isinstance(world, MaskedChain):
         found |= {"distance": world.total_variation(policy), "distance_kind": "total variation"}
         law = world.law(policy)
-        return found, points, law[world.clean].tolist()
+        states = torch.arange(world.num_states)[:, None]
+        exact = (law * world.reward(states, torch.zeros(world.num_states, dtype=torch.long))).sum().item()
+        return found | {"reward": exact, "reward_se": 0.0}, points, law[world.clean].tolist()
     large, *_, index = _draw(world, policy, 2000 * len(world.prompts), seed=99)
     distances = [_distance(world, large[index == c], c) for c in range(len(world.prompts))]
     return found | {"distance": sum(distances) / len(distances), "distance_kind": "energy distance"}, points, None
@@ -75,6 +78,12 @@ def _draw(world: World, policy: WorldPolicy, n: int, seed: int) -> tuple[Tensor,
     reward = world.reward(drawn.x_0, prompt)
     log_w = (drawn.log_p_ref - drawn.log_p_old).sum(1) + reward / world.beta
     return drawn.x_0, log_w, reward, drawn.kl_ref.sum(1), prompt
+
+
+def _weighted(log_w: Tensor, reward: Tensor, prompt: Tensor) -> float:
+    """Σ w r / Σ w within prompts (Eq. 1): the tilted law's expected reward, whatever policy drew the samples."""
+    found = [(log_w[prompt == c].softmax(0) * reward[prompt == c]).sum() for c in prompt.unique()]
+    return torch.stack(found).mean().item()
 
 
 def _paired_se(values: Tensor) -> float:

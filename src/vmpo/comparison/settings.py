@@ -6,11 +6,11 @@ from vmpo.comparison.world_training import Budget
 from vmpo.objectives import OBJECTIVES
 
 BUDGETS = {
-    "gaussian-linear": Budget(samples=204_800),
-    "gaussian-quadratic": Budget(samples=102_400),
-    "gaussian-prompts": Budget(samples=102_400),
+    "gaussian-linear": Budget(samples=128_000, lr=0.02),
+    "gaussian-quadratic": Budget(samples=76_800),
+    "gaussian-prompts": Budget(samples=76_800),
     "mixture": Budget(samples=64_000, lr=0.2),
-    "masked": Budget(samples=153_600, lr=0.1),
+    "masked": Budget(samples=102_400, lr=0.1),
 }
 """Trajectories and learning rates by world; the rest is `Budget`'s."""
 
@@ -25,11 +25,20 @@ REFERENCE = ("vmpo_diff,predictor=reference", "detailed_balance_learned,predicto
 """Intermediate rewards r(x̂_0) of the reference, which stand still."""
 MATCHING = ("nabla_forward", "nabla_backward", "nabla_gflownet")
 MATCHING_REFERENCE = tuple(f"{name},predictor=reference" for name in MATCHING)
-REGULARISED = ("grpo_std,kl_ref=1", "flow_grpo,kl_ref=1", "ddpo_sf,kl_ref=1", "dpok,kl_ref=1", "gvpo,anchor=ref")
+REGULARISED = (
+    "grpo_std,kl_ref=1",
+    "flow_grpo,kl_ref=1",
+    "ddpo_sf,kl_ref=1",
+    "dpok,kl_ref=1",
+    "dpok,kl_ref=1,reuse=1",
+    "gvpo,anchor=ref",
+)
 """Methods without a KL, or with a small one, at the weight that makes r/beta and the KL one sum."""
+ONE_PROMPT = tuple(name for name in OBJECTIVES if not name.endswith("_prompt"))
+"""M(t, c) is M(t) where there is one prompt."""
 
 OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
-    "gaussian-linear": (*OBJECTIVES, *EXACT, *REFERENCE, *MATCHING_REFERENCE, *REGULARISED),
+    "gaussian-linear": (*ONE_PROMPT, *EXACT, *REFERENCE, *MATCHING_REFERENCE, *REGULARISED),
     "gaussian-quadratic": (
         "vmpo_r2g",
         "vmpo_r2g_per_step",
@@ -77,7 +86,7 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
         "vmpo_diff,intermediate=exact",
     ),
     "masked": (
-        *(name for name in OBJECTIVES if name not in MATCHING and "prompt" not in name),
+        *(name for name in ONE_PROMPT if name not in MATCHING),
         *EXACT,
         "detailed_balance_learned,intermediate=none",
         *REGULARISED,

@@ -13,13 +13,14 @@ from vmpo.errors import UserError
 from vmpo.exact import get_world
 
 CURVE_POINTS = 20
+RUNAWAY = 1e5  # nats of KL to p_ref at which a training is given up
 
 
 def run_cell(world_name: str, spec: str, seed: int, budget: Budget) -> dict[str, Any]:
     """Trains and measures; a combination that is refused gives a result with the reason in its note.
 
     Returns:
-        JSON: world, objective, seed, source, note, truth, curve, final, gradient_snr, gradient_snr_final, seconds,
+        JSON: world, objective, seed, source, note, truth, curve, final, gradient_snr, seconds,
         samples, points, probabilities; numbers that are not finite are None.
     """
     world = get_world(world_name)
@@ -39,8 +40,8 @@ def run_cell(world_name: str, spec: str, seed: int, budget: Budget) -> dict[str,
         if samples % every == 0:
             point = measure(world, training.policy)
             curve.append({"samples": samples, "seconds": seconds, **point})
-            if not all(bool(p.isfinite().all()) for p in training.policy.denoiser.parameters()):
-                note = f"diverged: parameters are no longer finite after {samples} samples"
+            if not point["kl_ref"] < RUNAWAY:
+                note = f"runs away: stopped at {point['kl_ref']:.0e} nats from p_ref, after {samples} samples"
                 break
     final, points, law = measure_end(world, training.policy)
     result |= {
@@ -48,7 +49,6 @@ def run_cell(world_name: str, spec: str, seed: int, budget: Budget) -> dict[str,
         "note": note,
         "curve": curve,
         "final": final,
-        "gradient_snr_final": training.gradient_snr(),
         "seconds": seconds,
         "samples": samples,
         "points": points,

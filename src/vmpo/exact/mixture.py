@@ -75,10 +75,11 @@ class Mixture(World):
         alpha_bar = self.kernel.alpha_bar[step][:, None]
         signal, noise = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
         marginal = alpha_bar * self.variance + 1.0 - alpha_bar
-        distance = x[..., None] - signal[..., None] * self.centres
-        weight = (-0.5 * distance.square() / marginal[..., None]).softmax(-1)
+        # modes come first: a softmax over a last dimension of three is ten times slower
+        distance = x - signal * self.centres[:, None, None]
+        weight = (-0.5 * distance.square() / marginal).softmax(0)
         # a mode answers c + a v d / marginal; x − a times that is (1 − ᾱ) d / marginal
-        return noise * (weight * distance).sum(-1) / marginal
+        return noise * (weight * distance).sum(0) / marginal
 
     def _line(self) -> LineChain:
         """One axis of p_ref; the axes differ in their reward only."""

@@ -25,19 +25,24 @@ class MixtureParameters(nn.Module):
 
     def __init__(self, alpha_bar: Tensor, axes: int, centres: Tensor, variance: float) -> None:
         super().__init__()
-        self.register_buffer("signal", alpha_bar.sqrt()[:, None, None])
-        self.register_buffer("noise", (1.0 - alpha_bar).sqrt()[:, None, None])
-        self.register_buffer("centres", centres.clone())
-        self.variance = variance
-        self.change = nn.Parameter(torch.zeros(3, len(alpha_bar), axes, len(centres), dtype=torch.float64))
+        signal, noise = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
+        self.register_buffer("signal", signal[:, None])
+        self.register_buffer("noise", noise[:, None])
+        self.register_buffer("marginal", (alpha_bar * variance + 1.0 - alpha_bar)[:, None])
+        self.register_buffer("centres", centres.clone()[:, None, None])
+        self.change = nn.Parameter(torch.zeros(3, len(centres), len(alpha_bar), axes, dtype=torch.float64))
 
-    def modes(self, x: Tensor, k: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-densities of x (N, D) under each mode, distances to them and marginal variances, (N, D, J) each."""
-        log_weight, centre, log_variance = change[:, k]
-        signal, noise = self.signal[k], self.noise[k]
-        distance = x[..., None] - signal * (self.centres + centre)
-        marginal = (signal.square() * self.variance + noise.square()) * log_variance.exp()
-        return log_weight - 0.5 * (marginal.log() + distance.square() / marginal), distance, marginal
+    def reference(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-densities of x (N, D) under each mode but for constants, distances to them, variances, (J, N, D) each."""
+        distance, marginal = x - self.signal[k] * self.centres, self.marginal[k]
+        return -0.5 * distance.square() / marginal, distance, marginal.expand_as(distance)
+
+    def changed(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same under the changed modes."""
+        log_weight, centre, log_variance = self.change[:, :, k]
+        distance = x - self.signal[k] * (self.centres + centre)
+        marginal = self.marginal[k] * log_variance.exp()
+        return log_weight - 0.5 * (log_variance + distance.square() / marginal), distance, marginal
 
 
 class MixtureCorrection(MixtureParameters):
@@ -45,15 +50,11 @@ class MixtureCorrection(MixtureParameters):
 
     def forward(self, x: Tensor, step: Tensor, prompt: Tensor) -> Tensor:
         """The correction of the output at x (N, D), step (N,); (N, D). There is one prompt."""
-        noise = self.noise[step][..., 0]
         changed, reference = (
-            ((log_p.softmax(-1) * distance) / marginal).sum(-1)
-            for log_p, distance, marginal in (
-                self.modes(x, step, self.change),
-                self.modes(x, step, torch.zeros_like(self.change)),
-            )
+            (log_p.softmax(0) * distance / marginal).sum(0)
+            for log_p, distance, marginal in (self.changed(x, step), self.reference(x, step))
         )
-        return noise * (changed - reference)
+        return self.noise[step] * (changed - reference)
 
 
 class MixtureStateFunction(MixtureParameters):
@@ -62,6 +63,5 @@ class MixtureStateFunction(MixtureParameters):
     def forward(self, x: Tensor, position: Tensor, conditioning: Conditioning) -> Tensor:
         """F of states x (R, D) at positions (R,); (R,), nats. There is one prompt."""
         x = x.to(torch.float64)
-        changed = self.modes(x, position, self.change)[0].logsumexp(-1)
-        reference = self.modes(x, position, torch.zeros_like(self.change))[0].logsumexp(-1)
-        return (changed - reference).sum(-1)
+        changed, reference = self.changed(x, position)[0], self.reference(x, position)[0]
+        return (changed.logsumexp(0) - reference.logsumexp(0)).sum(-1)

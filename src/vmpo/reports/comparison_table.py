@@ -29,11 +29,6 @@ COLUMNS = {
     "reward_gap": ("E[r] − truth", "", "Expected reward less the target's. 0 is right: above it, the KL is overspent."),
     "distance": ("Distance", "", "Between the policy's final samples (or exact law) and the target's; 0 is the same."),
     "gradient_snr": ("Gradient SNR", "", "Mean over spread of the first gradients; larger learns from fewer samples."),
-    "gradient_snr_final": (
-        "SNR at end",
-        "",
-        "The same at the end, where the gradient itself vanishes; small is normal.",
-    ),
     "seconds": ("Seconds", "", "Wall-clock time of one training; less is better."),
 }
 SIGNED = ("reward_gap",)
@@ -61,7 +56,7 @@ def result_value(result: Result, column: str) -> float | None:
     if column == "reward_gap":
         reward, true = finite(final.get("reward")), finite(truth.get("reward"))
         return None if reward is None or true is None else reward - true
-    value = finite((result if column in ("gradient_snr", "gradient_snr_final", "seconds") else final).get(column))
+    value = finite((result if column in ("gradient_snr", "seconds") else final).get(column))
     return abs(value) if column == "log_z_error" and value is not None else value
 
 
