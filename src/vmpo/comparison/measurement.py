@@ -12,7 +12,7 @@ from vmpo.exact import MaskedChain, World, WorldPolicy
 from vmpo.log_weights import LogWeights
 from vmpo.rollouts import rollout_from_noise
 
-MEASURED = 4096
+MEASURED = 2048
 MEASURED_AT_END = 32_768
 DRAWN_POINTS = 800
 

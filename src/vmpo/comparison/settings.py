@@ -10,7 +10,7 @@ BUDGETS = {
     "gaussian-quadratic": Budget(samples=76_800),
     "gaussian-prompts": Budget(samples=76_800),
     "mixture": Budget(samples=64_000, lr=0.2),
-    "masked": Budget(samples=102_400, lr=0.1),
+    "masked": Budget(samples=81_920, lr=0.1),
 }
 """Trajectories and learning rates by world; the rest is `Budget`'s."""
 
