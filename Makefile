@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format lint types layers bench compare clean
+.PHONY: demo test test-slow check format lint types layers bench compare compare-glyphs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,9 +46,14 @@ layers: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py glyphs
 
-# The table of objectives: seven of them, three seeds, the recipe's budget: well over an hour on two cores.
+# Every objective in worlds with a known answer: a page, a quarter of an hour on two cores.
 compare: $(READY)
-	$(BIN)/python benchmarks/objectives.py --jobs 2
+	$(BIN)/vmpo compare --out runs/comparison
+
+# Every objective on the embedded pipeline, a short training each: about half an hour on two cores.
+compare-glyphs: $(READY)
+	$(BIN)/vmpo compare --on glyphs --seeds 1 --out runs/comparison $(addprefix --set ,$(SHORT))
+SHORT := optimisation.epochs=16 evaluation.every=0 evaluation.final_prompts=96 evaluation.truth_prompts=16 max_minutes=null
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
