@@ -53,7 +53,7 @@ compare: $(READY)
 # Every objective on the embedded pipeline, a short training each: about half an hour on two cores.
 compare-glyphs: $(READY)
 	$(BIN)/vmpo compare --on glyphs --seeds 1 --out runs/comparison $(addprefix --set ,$(SHORT))
-SHORT := optimisation.epochs=16 evaluation.every=0 evaluation.final_prompts=96 evaluation.truth_prompts=16 max_minutes=null
+SHORT := optimisation.epochs=12 evaluation.every=0 evaluation.final_prompts=64 evaluation.truth_prompts=8 max_minutes=null
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -103,7 +103,7 @@ def run_folder(folder: Path, recipe: str, spec: str, seed: int) -> Path:
 
 
 def _run(recipe: str, folder: Path, seed: int, overrides: list[str], threads: int) -> None:
-    """Trains, evaluates and reports, unless that is done; output goes to a file beside the folder.
+    """Trains and evaluates, unless that is done; output goes to a file beside the folder.
 
     A run that stops with a line for its user leaves that line as its reason.
     """
@@ -114,7 +114,7 @@ def _run(recipe: str, folder: Path, seed: int, overrides: list[str], threads: in
     reason.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     train = ["train", recipe, f"seed={seed}", *overrides, "--run", str(folder), "--resume"]
-    for words in (train, ["evaluate", str(folder)], ["report", str(folder)]):
+    for words in (train, ["evaluate", str(folder)]):
         ended = subprocess.run(
             [sys.executable, "-m", "vmpo", *words], env=environment, capture_output=True, text=True, check=False
         )

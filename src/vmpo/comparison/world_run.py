@@ -10,7 +10,7 @@ from vmpo.comparison.measurement import measure, measure_end
 from vmpo.comparison.variant import parse_variant
 from vmpo.comparison.world_training import Budget, WorldTraining
 from vmpo.errors import UserError
-from vmpo.exact import get_world
+from vmpo.exact import MaskedChain, Mixture, World, get_world
 
 CURVE_POINTS = 20
 RUNAWAY = 1e5  # nats of KL to p_ref at which a training is given up
@@ -73,9 +73,7 @@ def world_facts(world_name: str) -> dict[str, Any]:
     return facts | _law_facts(world)
 
 
-def _law_facts(world: Any) -> dict[str, Any]:
-    from vmpo.exact import MaskedChain, Mixture
-
+def _law_facts(world: World) -> dict[str, Any]:
     if isinstance(world, MaskedChain):
         digits = world.digits[world.clean].tolist()
         labels = ["".join("abcdefgh"[d] for d in row) for row in digits]

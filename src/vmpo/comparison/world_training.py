@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -166,7 +166,7 @@ class WorldTraining:
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def run(self, visit: Callable[[int, float], None] | None = None) -> Iterator[tuple[int, float]]:
+    def run(self) -> Iterator[tuple[int, float]]:
         """Trains to the end of the budget; yields (samples, seconds of training) before each rollout and at the end."""
         seconds = 0.0
         everything = torch.arange(int(self.group[-1]) + 1)

@@ -193,9 +193,9 @@ class Trainer:
         jobs = [(data, groups) for groups in shares] + [(old, everything) for old in self.replayed]
         most = len(shares) + objective.replay
         taken: list[dict[str, float]] = []
-        for index, (rollout_, groups) in enumerate(jobs):
+        for index, (batch, groups) in enumerate(jobs):
             self._set_learning_rate(self.epoch * most + index, settings.epochs * most)
-            taken.append(self.updater.step(rollout_, groups, on_policy=index == 0))
+            taken.append(self.updater.step(batch, groups, on_policy=index == 0))
             self.average.update()
         self.replayed = [data, *self.replayed][: objective.replay]
         return taken
