@@ -102,6 +102,11 @@ def run_folder(folder: Path, recipe: str, spec: str, seed: int) -> Path:
     return folder / "runs" / recipe / f"{spec.replace(',', '+')}-{seed}"
 
 
+def beside(folder: Path, ending: str) -> Path:
+    """A file beside a run's folder; `with_suffix` would cut a name such as kl_ref=0.1-0."""
+    return folder.with_name(f"{folder.name}.{ending}")
+
+
 def _run(recipe: str, folder: Path, seed: int, overrides: list[str], threads: int) -> None:
     """Trains and evaluates, unless that is done; output goes to a file beside the folder.
 
@@ -110,7 +115,7 @@ def _run(recipe: str, folder: Path, seed: int, overrides: list[str], threads: in
     if (folder / "evaluation.json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    reason, log = folder.with_suffix(".stopped"), folder.with_suffix(".log")
+    reason, log = beside(folder, "stopped"), beside(folder, "log")
     reason.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     train = ["train", recipe, f"seed={seed}", *overrides, "--run", str(folder), "--resume"]
@@ -131,7 +136,7 @@ def _run(recipe: str, folder: Path, seed: int, overrides: list[str], threads: in
 def read_run(folder: Path) -> dict[str, Any]:
     """The figures of a finished run, or {"stopped": reason}."""
     if not (folder / "evaluation.json").is_file():
-        return {"stopped": folder.with_suffix(".stopped").read_text().strip()}
+        return {"stopped": beside(folder, "stopped").read_text().strip()}
     found = json.loads((folder / "evaluation.json").read_text())
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     aligned, truth = found["aligned"], found["truth"]

@@ -1,9 +1,24 @@
-"""Samplers of the tilted law that correct a policy's samples by their weights."""
+"""Samples of the tilted law at test time: self-normalised importance sampling and sequential Monte Carlo."""
 
 from __future__ import annotations
 
-from vmpo.samplers.resampling import RESAMPLING, get_resampling
-from vmpo.samplers.smc import Particles, smc
-from vmpo.samplers.snis import Estimate, self_normalised, snis
+from vmpo.samplers.resampling import RESAMPLING, get_resampling, multinomial, residual, stratified, systematic
+from vmpo.samplers.smc import LogPotential, SMCResult, smc
+from vmpo.samplers.snis import SNISEstimate, effective_sample_size, log_mean_weight, resample, self_normalised
 
-__all__ = ["RESAMPLING", "Estimate", "Particles", "get_resampling", "self_normalised", "smc", "snis"]
+__all__ = [
+    "RESAMPLING",
+    "LogPotential",
+    "SMCResult",
+    "SNISEstimate",
+    "effective_sample_size",
+    "get_resampling",
+    "log_mean_weight",
+    "multinomial",
+    "resample",
+    "residual",
+    "self_normalised",
+    "smc",
+    "stratified",
+    "systematic",
+]
