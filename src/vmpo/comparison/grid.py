@@ -22,7 +22,7 @@ from vmpo.comparison.variant import parse_variant
 from vmpo.comparison.world_run import run_cell, world_facts
 from vmpo.comparison.world_training import Budget
 from vmpo.errors import UserError
-from vmpo.exact import get_world
+from vmpo.exact import WORLDS, get_world
 from vmpo.training.checkpoint import write_text
 from vmpo.training.provenance import hardware
 
@@ -93,7 +93,7 @@ def run_grid(cells: Sequence[Cell], folder: Path, jobs: int, command: Sequence[s
         "seeds": sorted({cell.seed for cell in cells}),
         "samples": max(cell.budget.samples for cell in cells),
         "seconds_limit": _plain({"s": max(cell.budget.seconds for cell in cells)})["s"],
-        "worlds": {name: world_facts(name) for name in dict.fromkeys(cell.world for cell in cells)},
+        "worlds": {name: world_facts(name) for name in WORLDS if any(cell.world == name for cell in cells)},
         "equal_seconds": equal_seconds(read_results(cells, folder)),
     }
     write_text(folder / "comparison.json", json.dumps(facts))

@@ -72,7 +72,6 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
         "vmpo_diff,intermediate=exact",
     ),
     "mixture": (
-        "vmpo_r2g",
         "vmpo_r2g_per_step",
         "log_variance",
         "trajectory_log_variance",
@@ -80,6 +79,7 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
         "reinforce_kl",
         "grpo_kl",
         "detailed_balance_learned,predictor=reference",
+        "detailed_balance_learned,intermediate=none",
         "nabla_gflownet,predictor=reference",
         "vmpo_diff",
         "vmpo_diff,predictor=reference",

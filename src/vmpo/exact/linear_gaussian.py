@@ -34,6 +34,7 @@ class LinearGaussian(World):
         UserError: shapes that do not fit, Σ not positive definite, Q not positive semi-definite, a step without noise.
     """
 
+    kind = "linear-Gaussian chain with a linear or quadratic reward"
     continuous = True
     kernel: LinearKernel
 

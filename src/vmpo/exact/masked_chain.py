@@ -41,6 +41,7 @@ class MaskedChain(World):
         UserError: too few positions, tokens, steps or prompts.
     """
 
+    kind = "masked diffusion of short sequences, enumerated"
     continuous = False
     kernel: TabularKernel
 

@@ -46,6 +46,7 @@ class Mixture(World):
         UserError: a step without noise, a negative rate, a variance that is not above 0.
     """
 
+    kind = "Gaussian mixture on a lattice with a quadratic reward (DAS's first)"
     continuous = True
     kernel: DDIM
 

@@ -124,6 +124,7 @@ class World(ABC):
         prompts: the C prompts.
         kernel: the sampler; every step of it is stochastic.
         beta: reward temperature.
+        kind: what it is, in a few words.
         continuous: whether states live in R^D; rewards and soft values are then differentiable.
         state_shape: shape of one state.
 
@@ -131,6 +132,7 @@ class World(ABC):
         UserError: beta is not above 0, or a step of the kernel adds no noise.
     """
 
+    kind: str
     continuous: bool
 
     def __init__(

@@ -20,6 +20,7 @@ from vmpo.reports.comparison_table import (
     amount,
     by_objective,
     is_diverged,
+    markdown_page,
     printed_cells,
     rows,
     titles,
@@ -33,6 +34,7 @@ EXTRA_CSS = """
 main { max-width: 1120px; }
 a { color: var(--aligned); }
 dl + p { margin-top: 12px; }
+.tile span { overflow-wrap: anywhere; }
 .results th, .results td { padding: 7px 8px; white-space: nowrap; }
 .results th:first-child {
   position: sticky; left: 0; background: var(--paper); padding-right: 14px; white-space: normal; min-width: 8.5em;
@@ -264,20 +266,21 @@ def read_results(folder: Path, notes: list[str] | None = None) -> list[dict[str,
 
 
 def write_comparison(folder: Path, families: Mapping[str, str] | None = None) -> Path:
-    """Writes comparison.html into the folder of a comparison, whole or not at all.
+    """Writes comparison.html and the tables, comparison.md, into the folder of a comparison, each whole or not at all.
 
     Arguments:
         families: From an objective to the family it is drawn with; by default its name's first word.
 
     Returns:
-        Its path. It needs no network and no other file.
+        The page's path. It needs no network and no other file.
 
     Raises:
         UserError: if there are no results or the folder cannot be written.
     """
     notes: list[str] = []
     results = read_results(folder, notes)
-    page = render_comparison(results, _read(Path(folder) / "comparison.json", notes), families, notes)
+    comparison = _read(Path(folder) / "comparison.json", notes)
     path = Path(folder) / "comparison.html"
-    write_text(path, page.encode("ascii", "xmlcharrefreplace").decode())  # ASCII, whatever the locale writes
+    write_text(path, render_comparison(results, comparison, families, notes))
+    write_text(path.with_suffix(".md"), markdown_page(results, comparison))
     return path

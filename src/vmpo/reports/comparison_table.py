@@ -32,6 +32,7 @@ COLUMNS = {
     "seconds": ("Seconds", "", "Wall-clock time of one training; less is better."),
 }
 SIGNED = ("reward_gap",)
+TRUTHS = {"log Z": "log_z", "E[r]": "reward", "KL": "kl", "E[r] of the reference": "reward_ref"}
 SHORT = ("kl_target", "ess", "reward_gap")
 UNTRAINED = "untrained policy"
 CLOSE = 0.01
@@ -173,6 +174,17 @@ def markdown_table(results: Sequence[Result], world: str) -> str:
         cells = [f"{mean} ± {se}" if se else mean for mean, se in printed_cells(row)]
         lines.append(f"| {name}{' (reached)' if row.reached else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_page(results: Sequence[Result], comparison: Mapping[str, Any]) -> str:
+    """All worlds' tables with what they are, the truth, and the command and hardware they come from."""
+    parts = [f"{comparison.get('date')}, {comparison.get('hardware')}: `{comparison.get('command')}`\n"]
+    for world in worlds_of(results, comparison):
+        truth = next(section(r, "truth") for r in results if r.get("world") == world)
+        facts = ", ".join(f"{name} {truth[key]:.4f}" for name, key in TRUTHS.items())
+        kind = section(comparison, "worlds", world).get("kind")
+        parts += [f"## {world}\n", f"{kind}. Truth: {facts}.\n", markdown_table(results, world)]
+    return "\n".join(parts)
 
 
 def print_table(console: Console, results: Sequence[Result]) -> None:
