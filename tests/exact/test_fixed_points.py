@@ -147,7 +147,7 @@ def test_on_the_masked_chain(spec: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", MASKED_CASES)
 def test_on_the_masked_chain_in_full(spec: str) -> None:
-    law = trained_law(spec, replace(BUDGETS["masked"], samples=307_200))
+    law = trained_law(spec, replace(BUDGETS["masked"], samples=204_800))
     assert_rests(spec, MASKED_CASES[spec], law, within=0.01)
 
 
@@ -266,6 +266,6 @@ def test_on_the_linear_chain(spec: str) -> None:
 @pytest.mark.parametrize("spec", LINEAR_CASES)
 def test_on_the_linear_chain_in_full(spec: str) -> None:
     """Within 3 % of the gain over the reference: policy gradients keep a noise that falls with the learning rate."""
-    found, _ = final_reward(spec, Budget(samples=409_600, lr=0.02))
+    found, _ = final_reward(spec, Budget(samples=204_800, lr=0.02))
     expected = LINEAR_CASES[spec]()
     assert found - expected == pytest.approx(0.0, abs=0.03 * (expected - LINEAR.truth().reward_ref.item()))

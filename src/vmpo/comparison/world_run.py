@@ -63,8 +63,9 @@ def world_facts(world_name: str) -> dict[str, Any]:
     betas = torch.cat([torch.tensor([torch.inf]), torch.logspace(1.5, -1.0, 40)]).double() * world.beta
     kl, reward = world.frontier(betas)
     prompts = f"{len(world.prompts)} prompt{'s' if len(world.prompts) > 1 else ''}"
+    kind = world.kind[0].upper() + world.kind[1:]
     facts: dict[str, Any] = {
-        "kind": f"{world.kind[0].upper()}{world.kind[1:]}: {world.kernel.num_steps} steps, {prompts}, beta {world.beta:g}",
+        "kind": f"{kind}: {world.kernel.num_steps} steps, {prompts}, beta {world.beta:g}",
         "frontier": {"kl": kl.mean(1).tolist(), "reward": reward.mean(1).tolist()},
         "target_points": world.sample_target(800, 0, seed=5).tolist(),
         "density": None,
