@@ -28,7 +28,7 @@ from vmpo.training.provenance import hardware
 from vmpo.training.run import silence_libraries
 from vmpo.training.setup import load_parts
 from vmpo.training.trainer import Trainer
-from vmpo.training.update import Rollout
+from vmpo.training.rollout import Rollout
 
 MATRIX = 2048
 
@@ -88,8 +88,9 @@ def time_rollouts(trainer: Trainer, repeats: int) -> tuple[Rollout, list[float],
 
 def time_updates(trainer: Trainer, data: Rollout, repeats: int) -> list[float]:
     """Seconds of one optimiser step on all rows of an epoch: forward, backward, clipping and AdamW."""
-    if trainer.centre is not None:
-        trainer.centre.initialise(data.log_p_ref - data.log_p_old + data.delta_phi)
+    if trainer.terms.centre is not None:
+        start = trainer.parts.objective.centre_start(data.log_p_old, data.log_anchor, data.delta_phi)
+        trainer.terms.centre.initialise(start, data.prompt)
     groups, seconds = data.group.unique(), []
     for _ in range(repeats + 1):
         synchronise()
