@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vmpo.errors import UserError
 from vmpo.training.config import Config, load_config
 from vmpo.training.provenance import hardware
+from vmpo.training.rollout import Rollout
 from vmpo.training.run import silence_libraries
 from vmpo.training.setup import load_parts
 from vmpo.training.trainer import Trainer
-from vmpo.training.rollout import Rollout
 
 MATRIX = 2048
 
