@@ -26,6 +26,17 @@ def noise_for(seeds: list[int], num_steps: int, shape: tuple[int, ...], device: 
     return torch.stack(rows).to(device)
 
 
+def reference_rows(share: float, group: int, rows: Tensor) -> Tensor | None:
+    """Which of the samples `rows` p_ref draws, (n,) bool: the last of each group, at least one; None for no share.
+
+    Args:
+        share: of a group's trajectories; rounded to whole ones.
+        group: trajectories of a group, which follow each other.
+        rows: global sample indices, (n,) long.
+    """
+    return rows % group >= group - max(1, round(share * group)) if share > 0 else None
+
+
 @torch.no_grad()
 def rollout(
     policy: Policy,

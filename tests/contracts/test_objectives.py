@@ -269,6 +269,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(typed: str, nearest: str) 
         ("nabla_forward", {"anchor": "old"}, "matches ∇log p_ref"),
         ("nabla_forward", {"centre": "group"}, "nothing to centre"),
         ("nabla_forward", {"importance": "step"}, "under any sampling"),
+        ("nabla_forward", {"log_prob": "mean"}, "no log-density to divide"),
+        ("ddpo_sf", {"standardise": "group"}, "has one group, the batch"),
     ],
 )
 def test_unsound_compositions_are_refused_with_the_reason(name: str, changes: dict[str, object], why: str) -> None:

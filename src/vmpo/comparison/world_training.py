@@ -17,7 +17,7 @@ from vmpo.errors import UserError
 from vmpo.exact import World
 from vmpo.objectives import LearnedCentre, Objective
 from vmpo.potentials import difference, return_to_go, terminal
-from vmpo.rollouts import rollout_from_noise
+from vmpo.rollouts import reference_rows, rollout_from_noise
 from vmpo.training.learned_terms import LearnedTerms
 from vmpo.training.rollout import Rollout, log_anchor
 from vmpo.training.update import Penalties, Updater
@@ -87,10 +87,7 @@ class WorldTraining:
         """A fresh rollout of the current policy with its potentials."""
         shape = (self.budget.batch, self.kernel.num_steps + 1, *self.world.state_shape)
         noise = torch.randn(shape, dtype=torch.float64, generator=self.generator)
-        share, group = self.objective.reference_share, self.budget.group
-        from_reference = None
-        if share > 0:
-            from_reference = torch.arange(self.budget.batch) % group >= group - round(share * group)
+        share, rows = self.objective.reference_share, torch.arange(self.budget.batch)
         predicted = self.objective.needs_values and self.variant.intermediate == "predicted" and self.world.continuous
         drawn = rollout_from_noise(
             self.policy,
@@ -100,7 +97,7 @@ class WorldTraining:
             x0_hat_at=range(self.kernel.num_steps) if predicted else (),
             x0_hat_of=self.objective.predictor,
             dtype=torch.float64,
-            from_reference=from_reference,
+            from_reference=reference_rows(share, self.budget.group, rows),
         )
         return self._rollout(drawn)
 

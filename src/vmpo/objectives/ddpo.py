@@ -18,7 +18,10 @@ DDPO_SF = Objective(
     log_prob="mean",
     source="Black et al. 2023, arXiv 2305.13301, and its code; Ou et al. 2026, Eq. 16 to 18",
 )
-"""−A mean_D log p_theta, A = (r − mean)/(std + 1e-4) over the batch, within ±5; no KL."""
+"""−A mean_D log p_theta, A = (r − mean)/(std + 1e-4) over the batch, within ±5; no KL.
+
+The floor is in the units of r/beta: beta = 1 gives that of the published code.
+"""
 
 DDPO_IS = replace(
     DDPO_SF,

@@ -17,7 +17,7 @@ DPOK = Objective(
     reuse=2,
     source="Fan et al. 2023, arXiv 2305.16381, and its code: no max around the clip, clip 1e-4 of the mean log-density",
 )
-"""−(r/beta − V(x_t)) clip(ρ, 1−ε, 1+ε) + 0.01 KL: outside the clip there is no gradient, whatever the advantage's sign.
+"""−(r/beta − M(t) − V(x_t)) clip(ρ, 1−ε, 1+ε) + 0.01 KL: no gradient outside the clip, whatever A's sign.
 
 Its code penalises the squared distance of the noise predictions and weighs the reward by 10 to 1000; here the KL is
 exact and beta is the weight.

@@ -65,5 +65,6 @@ FLOW_GRPO = replace(
 )
 """Flow-GRPO: group mean, standard deviation of the whole batch, ε = 1e-4 on the mean over dimensions, KL weight 0.04.
 
-Its code penalises mean_D (μ − μ_ref)²/(2g²), without the step's time; here it is the exact KL divided by D.
+The floor of the deviation is in the units of r/beta. Flow-GRPO's code penalises mean_D (μ − μ_ref)²/(2g²), without the
+step's time; here it is the exact KL divided by D.
 """

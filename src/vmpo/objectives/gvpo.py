@@ -16,7 +16,7 @@ GVPO = Objective(
     reuse=2,
     source="Zhang et al. 2025, GVPO; Ou et al. 2026, Diffusion alignment beyond KL, Eq. 46",
 )
-"""−1/(K−1) Σ ρ A, A = r/beta − log p_theta/p_old − group mean, ρ and p_theta in A those of the whole trajectory.
+"""−1/(K−1) Σ ρ A, A = r/beta − log p_theta/p_old − plain group mean; ρ and p_theta are the whole trajectory's.
 
 Eq. 46 prints + log p_theta/p_old, which would reward leaving p_old; the gradient of GVPO's squared loss has the minus.
 The tilt is relative to p_old: renewed at every rollout it compounds, to p_ref·exp(n r/beta) after n of them.

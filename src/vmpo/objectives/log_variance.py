@@ -47,7 +47,7 @@ SUBTRAJECTORY_LOG_VARIANCE = replace(
     level="subtrajectory",
     source="Ou et al. 2026, Diffusion alignment beyond KL, Eq. 35 and 37; Madan et al. 2023, arXiv 2209.12782",
 )
-"""Σ λ^n ½Var(Σ_t log w_t) over all stretches of n steps, λ = 0.9: between the two sides of Eq. 37."""
+"""Σ λ^n ½Var(Σ_t log w_t)/Σ λ^n over all stretches of n steps, λ = 0.9: between the two sides of Eq. 37."""
 
 LOG_VARIANCE_OLD = replace(
     TRAJECTORY_LOG_VARIANCE,

@@ -15,7 +15,10 @@ NABLA_FORWARD = Objective(
     direction="forward",
     source="Ou et al. 2026, Diffusion alignment beyond KL, Eq. 51 and 52",
 )
-"""Σ_t ‖∇_{x_{t-1}} (r(x_{t-1})/beta + log p_ref − log p_theta)‖²: a Fisher divergence to the locally tilted kernel."""
+"""Mean over rows of ‖∇_{x_{t-1}} (r(x_{t-1})/beta + log p_ref − log p_theta)‖².
+
+A Fisher divergence to the locally tilted kernel; Eq. 52 has the sum over steps, S times as much.
+"""
 
 NABLA_BACKWARD = replace(
     NABLA_FORWARD,
@@ -23,7 +26,7 @@ NABLA_BACKWARD = replace(
     direction="backward",
     source="Ou et al. 2026, Diffusion alignment beyond KL, Eq. 51 and 53",
 )
-"""Σ_t ‖∇_{x_t} (log p_ref − log p_theta − r(x_t)/beta)‖²."""
+"""Mean over rows of ‖∇_{x_t} (log p_ref − log p_theta − r(x_t)/beta)‖²."""
 
 NABLA_GFLOWNET = replace(
     NABLA_FORWARD,

@@ -54,7 +54,7 @@ class Objective:
         ratio                    −ρA, ρ = p_theta/p_old                   (Eq. 3)
         clipped                  −min(ρA, clip(ρ, 1−ε, 1+ε)A)             (Eq. 19, 21, 32)
         clamped                  −clip(ρ, 1−ε, 1+ε)A                      (DPOK: no gradient outside, whatever A)
-        gradient                 ‖∇_x log w‖²                             (Eq. 51 to 55; `vmpo.objectives.matching`)
+        gradient                 ‖∇_x log w‖²                             (Eq. 51 to 55; `vmpo.training.matching`)
 
     The total loss over any set of rows is Σ weight·row_loss: its gradient summed over micro-batches is the gradient of
     the whole, because ∇½Var is linear in ∇log p_theta with coefficients that need no graph (Σ_i A_i = 0, Eq. 26). Its
@@ -209,7 +209,7 @@ class Objective:
         elif self.loss == "gradient":
             advantage = torch.zeros_like(log_w.log_w)
         else:
-            advantage = self._advantage(log_w, importance)
+            advantage = self._advantage(log_w)
         zeros = torch.zeros_like(log_w.log_w)
         weight = self._weight(log_w, keep, least) * importance
         return RowTerms(torch.where(keep, advantage.to(zeros.dtype), zeros), torch.where(keep, weight, zeros), keep)
@@ -246,13 +246,12 @@ class Objective:
             share = share.expand(num_steps) / num_steps
         return mixing(self.level, log_w.log_w - share, self.decay) + current + share
 
-    def _advantage(self, log_w: LogWeights, importance: Tensor) -> Tensor:
+    def _advantage(self, log_w: LogWeights) -> Tensor:
         values = LogWeights(mixing(self.level, log_w.log_w, self.decay), log_w.group)
         advantage = values.log_w
         if self.centre in ("group", "batch"):
-            # each column's mean is weighted by its rows' importance, so that the weighted advantages sum to 0
-            total, mass = values.group_sum(importance * advantage), values.group_sum(importance)
-            advantage = advantage - (total / mass)[values.index]
+            # plain under importance weights too: over K−1 Σ wA is then unbiased (Eq. 46), with a weighted mean not
+            advantage = advantage - values.step_mean[values.index]
         if self.standardise != "none":
             over = values if self.standardise == "group" else LogWeights(values.log_w, torch.zeros_like(values.group))
             count = over.count[:, None]

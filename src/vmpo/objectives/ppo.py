@@ -17,7 +17,10 @@ PPO = Objective(
     reuse=2,
     source="Ou et al. 2026, Diffusion alignment beyond KL, Eq. 19; Schulman et al. 2017, arXiv 1707.06347",
 )
-"""−Σ_t min(ρA, clip(ρ, 1−ε, 1+ε)A), A = r(x_0)/beta − V(x_t), V fitted to the return. ε = 0.2 as published."""
+"""−Σ_t min(ρA, clip(ρ, 1−ε, 1+ε)A), A = r(x_0)/beta − M(t) − V(x_t), M + V fitted to the return.
+
+ε = 0.2 as published.
+"""
 
 PPO_KL = replace(PPO, name="ppo_kl", kl_ref=1.0, source="Ou et al. 2026, Diffusion alignment beyond KL, Eq. 19 and 22")
 """PPO with an explicit KL to the reference, in nats beside r/beta."""

@@ -47,6 +47,8 @@ def _loss(o: Objective) -> str | None:
             )
         if o.anchor != "ref":
             return f"loss='gradient' matches ∇log p_ref, not anchor='{o.anchor}'; set anchor='ref'"
+        if o.log_prob == "mean":
+            return "loss='gradient' has no log-density to divide by the dimension; set log_prob='sum'"
         if o.centre != "zero" or o.level != "step":
             return "loss='gradient' has nothing to centre or sum: a constant has no gradient; use centre='zero'"
         return None
@@ -104,6 +106,8 @@ def _spread(o: Objective) -> str | None:
     grouped = o.centre in ("group", "batch")
     if o.standardise != "none" and not grouped:
         return f"standardise='{o.standardise}' divides by the spread around a mean; it needs centre='group' or 'batch'"
+    if o.standardise == "group" and o.centre == "batch":
+        return "centre='batch' has one group, the batch; set standardise='batch' or centre='group'"
     if o.bessel and not grouped:
         return "bessel=True corrects for a mean of the same samples; it needs centre='group' or 'batch'"
     if o.loss in ("clipped", "clamped") and not 0 < o.clip_range < 1:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vmpo.kernels import Gaussian
 from vmpo.training.rollout import Rollout
 
 if TYPE_CHECKING:
     from vmpo.training.update import Updater
 
 
-def matching_loss(updater: Updater, rollout: Rollout, local: Tensor, s: Tensor) -> Tensor:
-    """‖∇ log w‖² of rows (local trajectory, stochastic step), summed over the objective's directions, (R,).
+def matching_loss(updater: Updater, rollout: Rollout, local: Tensor, s: Tensor) -> tuple[Gaussian, Tensor, Tensor]:
+    """The policy's kernel, log p_theta and ‖∇ log w‖² of rows (local trajectory, stochastic step), (R,).
+
+    The norms are summed over the objective's directions:
 
         forward    ∇_{x_{t-1}}: (μ_ref − μ_theta)/std² + ∇φ(x_{t-1})              (Eq. 52; a Gaussian's score, twice)
         backward   ∇_{x_t}:     ∇ log p_ref − ∇ log p_theta − ∇φ(x_t)             (Eq. 53)
@@ -32,7 +35,8 @@ def matching_loss(updater: Updater, rollout: Rollout, local: Tensor, s: Tensor) 
     # fused attention has no second derivative
     with nullcontext() if direction == "forward" else sdpa_kernel(SDPBackend.MATH):
         p = updater.distribution(x_t, k, rollout.conditioning[local])
-    total = torch.zeros((), dtype=p.mean.dtype, device=p.mean.device)
+    x_next = trajectory.x[local, k + 1]
+    log_p, total = p.log_prob(x_next), torch.zeros((), dtype=p.mean.dtype, device=p.mean.device)
     if direction != "backward":
         variance = p.std.square().view(-1, *[1] * (x_t.ndim - 1))
         residual = (trajectory.mean_ref[local, s].to(p.mean) - p.mean) / variance + rollout.value_gradient[local, s + 1]
@@ -40,8 +44,6 @@ def matching_loss(updater: Updater, rollout: Rollout, local: Tensor, s: Tensor) 
         residual = residual if learned is None else residual + learned
         total = total + residual.flatten(1).square().sum(1)
     if direction != "forward":
-        x_next = trajectory.x[local, k + 1]
-        log_p = p.log_prob(x_next)
         with updater.policy.reference():
             log_p_ref = updater.distribution(x_t, k, rollout.conditioning[local]).log_prob(x_next)
         reference = torch.autograd.grad(log_p_ref.sum(), x_t)[0]
@@ -50,4 +52,4 @@ def matching_loss(updater: Updater, rollout: Rollout, local: Tensor, s: Tensor) 
         learned = updater.terms.gradient(rollout, local, s)
         residual = residual if learned is None else residual - learned
         total = total + residual.flatten(1).square().sum(1)
-    return total
+    return p, log_p, total

@@ -22,7 +22,7 @@ from vmpo.policies.loading import lora_parameters, save_lora
 from vmpo.policies.policy import Conditioning
 from vmpo.potentials import terminal
 from vmpo.rewards import combine
-from vmpo.rollouts import rollout
+from vmpo.rollouts import reference_rows, rollout
 from vmpo.training.averaging import Average, set_values
 from vmpo.training.checkpoint import checkpoints, load_checkpoint, replace_folder, save_checkpoint, write_text
 from vmpo.training.checks import check_adapter, check_ratio, check_rewards_vary, check_some_reward
@@ -96,7 +96,7 @@ class Trainer:
             batch=settings.micro_batch,
             x0_hat_at=evaluated_steps(parts.objective, steps, config.objective.intermediate),
             x0_hat_of=parts.objective.predictor,
-            from_reference=reference_rows(parts.objective.reference_share, settings.group, mine),
+            from_reference=reference_rows(parts.objective.reference_share, settings.group, torch.tensor(mine)),
             progress=progress,
         )
         rolled = time.perf_counter()
@@ -367,8 +367,3 @@ def reward_metrics(reward: Tensor, group: Tensor) -> Metrics:
         "zero_std_ratio": sum(len(r.unique()) < 2 for r in groups) / len(groups),
         "failed_rewards": 1 - finite.float().mean().item(),
     }
-
-
-def reference_rows(share: float, group: int, rows: list[int]) -> Tensor | None:
-    """Which of the samples `rows` p_ref draws, (n,): the last of each group, as many as its share rounds to."""
-    return torch.tensor(rows) % group >= group - round(share * group) if share > 0 else None

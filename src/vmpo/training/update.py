@@ -125,16 +125,15 @@ class Updater:
         return totals
 
     def _backward(self, rollout: Rollout, terms: RowTerms, local: Tensor, s: Tensor, row: Tensor) -> Tensor:
-        weight = terms.weight[row, s].to(self.policy.device)
+        device = self.policy.device
+        weight, advantage = terms.weight[row, s].to(device), terms.advantage[row, s].to(device)
+        log_p_old, learned = rollout.log_p_old[row, s].to(device), None
         if self.objective.loss == "gradient":
-            loss = (weight * matching_loss(self, rollout, local, s)).sum()
-            loss.backward()
-            return torch.tensor([loss.item(), 0.0, float(len(row)), 0.0, len(row)], dtype=torch.float64)
-        p, log_p = self.transition(rollout, local, s)
-        device = log_p.device
-        log_p_old, advantage = rollout.log_p_old[row, s].to(device), terms.advantage[row, s].to(device)
-        learned = self.terms.rows(rollout, local, s)
-        row_loss = self.objective.row_loss(log_p, log_p_old, advantage, learned)
+            p, log_p, row_loss = matching_loss(self, rollout, local, s)
+        else:
+            p, log_p = self.transition(rollout, local, s)
+            learned = self.terms.rows(rollout, local, s)
+            row_loss = self.objective.row_loss(log_p, log_p_old, advantage, learned)
         penalty_weight = kl_weight(self.objective, terms.mask)[row, s].to(device)
         kl_old = self._kl(p, rollout.trajectory.mean_old[local, s])
         loss = (weight * row_loss).sum()
