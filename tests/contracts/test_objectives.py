@@ -120,7 +120,7 @@ def test_row_loss_gives_one_finite_number_a_row_with_gradient(name: str) -> None
     values = centre[1].expand(N) if objective.is_learned else None
     column = log_p[:, 1].requires_grad_()
     if objective.loss == "gradient":
-        pytest.skip("its rows are gradients of states: tests/exact/test_kaleidoscope.py")
+        pytest.skip("its rows are gradients of states: tests/exact/test_kaleidoscope_equations.py")
     loss = objective.row_loss(column, log_p[:, 1].detach() - 0.5 * objective.clip_range, terms.advantage[:, 1], values)
     assert loss.shape == (N,)
     assert loss.isfinite().all()

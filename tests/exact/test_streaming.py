@@ -24,7 +24,7 @@ EXTRA = [
     Objective("detailed_surrogate", "step", "group", "surrogate", "difference", bessel=True),
 ]
 NAMES = ["vmpo_diff", "vmpo_r2g", "log_variance", "trajectory_log_variance", "vmpo_clipped", "grpo", "grpo_std"]
-ALL = [*(OBJECTIVES[name] for name in NAMES), *EXTRA]  # every other composition: test_kaleidoscope.py
+ALL = [*(OBJECTIVES[name] for name in NAMES), *EXTRA]  # all compositions: test_kaleidoscope_equations.py
 
 
 class Problem:
