@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shlex
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -52,19 +51,19 @@ def plan(
     Raises:
         UserError: for a world or an objective that does not exist.
     """
-    cells = []
+    own = {key: value for key, value in (("samples", samples), ("seconds", seconds)) if value is not None}
+    cells, work = [], {}
     for name in worlds:
-        get_world(name)
-        budget = BUDGETS[name]
-        budget = replace(budget, samples=samples if samples is not None else budget.samples)
-        budget = replace(budget, seconds=seconds if seconds is not None else budget.seconds)
+        num_steps = get_world(name).kernel.num_steps
+        budget = replace(BUDGETS[name], **own)  # type: ignore[arg-type]
+        work[name] = budget.samples * num_steps
         if budget.rollouts < 1:
             raise UserError(f"--samples {samples} is less than one rollout of {budget.batch} trajectories")
         chosen = objectives or OBJECTIVES_OF[name]
         for spec in chosen:
             parse_variant(spec)
         cells += [Cell(name, spec, seed, budget) for seed in seeds for spec in chosen]
-    return sorted(cells, key=lambda cell: -cell.budget.samples * len(get_world(cell.world).kernel.times))
+    return sorted(cells, key=lambda cell: -work[cell.world])
 
 
 def run_grid(cells: Sequence[Cell], folder: Path, jobs: int, command: Sequence[str], progress: Progress) -> None:
@@ -146,10 +145,6 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
                 "name another --out"
             )
         settings = {"budgets": before["budgets"] | settings["budgets"]}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder '{folder}' cannot be made: {error.strerror}") from error
     write_text(path, json.dumps(settings, indent=1))
 
 
@@ -164,10 +159,8 @@ def _one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _run_and_write(cell: Cell, folder: str) -> float:
-    began = time.perf_counter()
+def _run_and_write(cell: Cell, folder: str) -> None:
     result = run_cell(cell.world, cell.objective, cell.seed, cell.budget)
     path = cell.path(Path(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result))
-    return time.perf_counter() - began

@@ -11,6 +11,7 @@ from torch import Tensor
 from vmpo.exact import MaskedChain, World, WorldPolicy
 from vmpo.log_weights import LogWeights
 from vmpo.rollouts import rollout_from_noise
+from vmpo.samplers import self_normalised
 
 MEASURED = 2048
 MEASURED_AT_END = 32_768
@@ -82,7 +83,9 @@ def _draw(world: World, policy: WorldPolicy, n: int, seed: int) -> tuple[Tensor,
 
 def _weighted(log_w: Tensor, reward: Tensor, prompt: Tensor) -> float:
     """Σ w r / Σ w within prompts (Eq. 1): the tilted law's expected reward, whatever policy drew the samples."""
-    found = [(log_w[prompt == c].softmax(0) * reward[prompt == c]).sum() for c in prompt.unique()]
+    if not bool((log_w + reward).isfinite().all()):
+        return math.nan  # a policy that has run away
+    found = [self_normalised(log_w[prompt == c], reward[prompt == c]).mean for c in prompt.unique()]
     return torch.stack(found).mean().item()
 
 

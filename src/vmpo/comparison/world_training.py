@@ -15,11 +15,10 @@ from torch import Tensor
 from vmpo.comparison.variant import Variant
 from vmpo.errors import UserError
 from vmpo.exact import World
-from vmpo.objectives import LearnedCentre, Objective
-from vmpo.potentials import difference, return_to_go, terminal
 from vmpo.rollouts import reference_rows, rollout_from_noise
 from vmpo.training.learned_terms import LearnedTerms
 from vmpo.training.rollout import Rollout, log_anchor
+from vmpo.training.scoring import intermediate_values, potentials
 from vmpo.training.update import Penalties, Updater
 from vmpo.trajectory import Trajectory
 
@@ -59,7 +58,8 @@ class WorldTraining:
         self.world, self.variant, self.budget, self.seed = world, variant, budget, seed
         self.objective, self.kernel = variant.objective, world.kernel
         self.policy = world.policy(seed)
-        self.terms = _terms(world, self.objective, seed)
+        steps, prompts = world.kernel.stochastic_steps, len(world.prompts)
+        self.terms = LearnedTerms.build(self.objective, steps, prompts, lambda: world.state_function(seed))
         self.group = torch.arange(budget.batch) // budget.group
         self.prompt = self.group % len(world.prompts)
         self.conditioning = self.policy.encode([world.prompts[c] for c in self.prompt.tolist()])
@@ -104,18 +104,10 @@ class WorldTraining:
     def _rollout(self, drawn: Trajectory) -> Rollout:
         objective, beta, scale = self.objective, self.world.beta, self.updater.density_scale
         num_steps, reward = self.kernel.num_steps, self.world.reward(drawn.x_0, self.prompt)
-        values, gradient = None, None
-        if objective.loss == "gradient":
-            gradient = self._value_gradients(drawn) / beta
-            delta_phi = torch.zeros_like(drawn.log_p_old)
-        elif objective.needs_values:
+        values = intermediate_values(reward, {}, num_steps)
+        if objective.needs_values and objective.loss != "gradient":
             values = self._values(drawn, reward)
-            delta_phi = difference(values, beta)
-            values = values / beta
-        elif objective.potential == "terminal":
-            delta_phi = terminal(reward, num_steps, beta)
-        else:
-            delta_phi = return_to_go(reward, num_steps, beta, per_step=objective.per_step)
+        gradient = self._value_gradients(drawn) / beta if objective.loss == "gradient" else None
         anchor = log_anchor(objective, self.kernel, drawn, drawn.log_p_old, drawn.log_p_ref)
         return Rollout(
             trajectory=drawn,
@@ -124,9 +116,9 @@ class WorldTraining:
             group=self.group,
             log_p_old=scale * drawn.log_p_old,
             log_anchor=scale * anchor,
-            delta_phi=delta_phi,
+            delta_phi=potentials(objective, values, beta),
             prompt=self.prompt,
-            values=values,
+            values=(values / beta).nan_to_num(),
             value_gradient=gradient,
         )
 
@@ -218,14 +210,3 @@ def check_sound(world: World, variant: Variant) -> None:
             f"objective '{objective.name}' follows the gradient of the reward, and the states of world '{world.name}' "
             "are discrete, so it has none; use an objective of its values, such as detailed_balance"
         )
-
-
-def _terms(world: World, objective: Objective, seed: int) -> LearnedTerms:
-    steps = world.kernel.stochastic_steps
-    centre = None
-    if objective.is_learned:
-        num_prompts = len(world.prompts) if objective.centre == "prompt" else None
-        centre = LearnedCentre(len(steps), objective.level, num_prompts)
-    value = world.state_function(seed) if objective.centre == "value" else None
-    learned = objective.potential in ("learned", "learned_product")
-    return LearnedTerms(objective, steps, centre, value, world.state_function(seed + 1) if learned else None)

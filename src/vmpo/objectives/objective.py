@@ -194,7 +194,7 @@ class Objective:
         """
         if self.needs_log_p and log_p is None:
             raise ValueError(f"objective '{self.name}' needs the current log p_theta")
-        if self.loss == "squared" and self.level != "step" and self.is_learned and centre_value is None:
+        if self.needs_centre_value and self.is_learned and centre_value is None:
             raise ValueError(f"objective '{self.name}' needs the value of its learned centre")
         if self.importance != "none" and log_p_old is None:
             raise ValueError(f"objective '{self.name}' needs log p_old for its importance weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,18 @@ class LearnedTerms:
     centre: LearnedCentre | None = None
     value: StateFunction | None = None
     potential: StateFunction | None = None
+
+    @staticmethod
+    def build(
+        objective: Objective, steps: Tensor, num_prompts: int, state_function: Callable[[], StateFunction]
+    ) -> LearnedTerms:
+        """The parts that the objective has, untrained; V and F are fresh state functions."""
+        centre = None
+        if objective.is_learned:
+            centre = LearnedCentre(len(steps), objective.level, num_prompts if objective.centre == "prompt" else None)
+        value = state_function() if objective.centre == "value" else None
+        learned = objective.potential in ("learned", "learned_product")
+        return LearnedTerms(objective, steps, centre, value, state_function() if learned else None)
 
     def __bool__(self) -> bool:
         return self.centre is not None or self.potential is not None

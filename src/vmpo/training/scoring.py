@@ -56,13 +56,14 @@ def intermediate_values(reward: Tensor, values: dict[int, Tensor], num_steps: in
     return table
 
 
-def potentials(objective: Objective, reward: Tensor, values: dict[int, Tensor], num_steps: int, beta: float) -> Tensor:
-    """Δφ of each step in nats, (N, S); arguments as in `intermediate_values`."""
+def potentials(objective: Objective, values: Tensor, beta: float) -> Tensor:
+    """Δφ of each step in nats, (N, S); values as `intermediate_values` gives them, (N, S+1)."""
     if objective.needs_values:
-        return difference(intermediate_values(reward, values, num_steps), beta).float()
+        return difference(values, beta)
+    reward, num_steps = values[:, -1], values.shape[1] - 1
     if objective.potential == "terminal":
-        return terminal(reward.double(), num_steps, beta).float()
-    return return_to_go(reward.double(), num_steps, beta, per_step=objective.per_step).float()
+        return terminal(reward, num_steps, beta)
+    return return_to_go(reward, num_steps, beta, per_step=objective.per_step)
 
 
 def value_gradients(

@@ -9,7 +9,7 @@ import torch
 
 from vmpo.errors import UserError
 from vmpo.kernels import Kernel, build_kernel
-from vmpo.objectives import LearnedCentre, Objective, get_objective
+from vmpo.objectives import Objective, get_objective
 from vmpo.policies.loading import add_lora, load_policy
 from vmpo.policies.policy import Policy
 from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
@@ -90,22 +90,17 @@ def load_prompts_of(config: Config, rewards: dict[str, Reward]) -> tuple[PromptS
     return train, test
 
 
-def learned_terms(parts: Parts, num_prompts: int, seed: int) -> LearnedTerms:
+def learned_terms(parts: Parts, seed: int) -> LearnedTerms:
     """What the objective learns beside the policy, untrained; the same for the same seed."""
-    objective, steps, policy = parts.objective, parts.kernel.stochastic_steps, parts.policy
-    centre = None
-    if objective.is_learned:
-        centre = LearnedCentre(len(steps), objective.level, num_prompts if objective.centre == "prompt" else None)
+    policy, kernel, train = parts.policy, parts.kernel, parts.train
 
     def network() -> ValueNetwork:
-        example = policy.encode([parts.train.prompts[0]])
+        example = policy.encode([train.prompts[0]])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return ValueNetwork(policy.state_shape, example, parts.kernel.num_steps).to(policy.device)
+            return ValueNetwork(policy.state_shape, example, kernel.num_steps).to(policy.device)
 
-    value = network() if objective.centre == "value" else None
-    potential = network() if objective.potential in ("learned", "learned_product") else None
-    return LearnedTerms(objective, steps, centre, value, potential)
+    return LearnedTerms.build(parts.objective, kernel.stochastic_steps, len(train), network)
 
 
 def check_gradients(objective: Objective, kernel: Kernel, rewards: dict[str, Reward]) -> None:

@@ -51,7 +51,7 @@ class Trainer:
         self.best: tuple[float, int, list[Tensor]] | None = None
         adapter = lora_parameters(parts.policy)
         self.average = Average(adapter, config.optimisation.ema)
-        self.terms = learned_terms(parts, len(parts.train), config.seed)
+        self.terms = learned_terms(parts, config.seed)
         self.replayed = list[Rollout]()
         self.updater = self._build_updater(adapter)
 
@@ -126,7 +126,7 @@ class Trainer:
         log_p_old, log_p_anchor = (
             scale * gather_rows(rows.cpu(), mine, len(group), self.accelerator) for rows in (drawn.log_p_old, anchor)
         )
-        gradient = None
+        table, gradient = intermediate_values(reward, values, steps), None
         if objective.loss == "gradient":
             weights, batch = self.config.reward.weights, self.config.optimisation.micro_batch
             policy, rewards = self.parts.policy, self.parts.rewards
@@ -141,9 +141,9 @@ class Trainer:
             group=group,
             log_p_old=log_p_old,
             log_anchor=log_p_anchor,
-            delta_phi=potentials(objective, reward, values, steps, beta),
+            delta_phi=potentials(objective, table, beta).float(),
             prompt=prompt,
-            values=(intermediate_values(reward, values, steps) / beta).nan_to_num().float(),
+            values=(table / beta).nan_to_num().float(),
             value_gradient=gradient,
         )
 
