@@ -46,7 +46,7 @@ layers: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py glyphs
 
-# Every objective in worlds with a known answer: a page, half an hour of CPU time.
+# Every objective in worlds with a known answer: a page, a quarter of an hour on two cores.
 compare: $(READY)
 	$(BIN)/vmpo compare --out runs/comparison
 

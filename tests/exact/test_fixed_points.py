@@ -147,7 +147,7 @@ def test_on_the_masked_chain(spec: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", MASKED_CASES)
 def test_on_the_masked_chain_in_full(spec: str) -> None:
-    law = trained_law(spec, replace(BUDGETS["masked"], samples=204_800))
+    law = trained_law(spec, replace(BUDGETS["masked"], samples=409_600))
     assert_rests(spec, MASKED_CASES[spec], law, within=0.01)
 
 
