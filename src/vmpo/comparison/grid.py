@@ -72,7 +72,8 @@ def run_grid(cells: Sequence[Cell], folder: Path, jobs: int, command: Sequence[s
     Raises:
         UserError: if the folder holds results of another budget.
     """
-    settings = {"budgets": {cell.world: _plain(asdict(cell.budget)) for cell in cells}}
+    budgets = {cell.world: cell.budget for cell in cells}
+    settings = {"budgets": {name: _plain(asdict(budget)) for name, budget in budgets.items()}}
     _check_folder(folder, settings)
     pending = [cell for cell in cells if not cell.path(folder).is_file()]
     done = len(cells) - len(pending)
@@ -85,14 +86,15 @@ def run_grid(cells: Sequence[Cell], folder: Path, jobs: int, command: Sequence[s
             done += 1
             cell = running[future]
             progress(done, len(cells), f"{cell.world} {cell.objective} seed {cell.seed}")
+    samples = {budget.samples for budget in budgets.values()}
     facts = {
         "date": date.today().isoformat(),
         "hardware": f"{hardware()}, {jobs} runs at a time, one thread each",
         "command": shlex.join(command),
         "seeds": sorted({cell.seed for cell in cells}),
-        "samples": max(cell.budget.samples for cell in cells),
+        "samples": samples.pop() if len(samples) == 1 else None,  # else each world says its own
         "seconds_limit": _plain({"s": max(cell.budget.seconds for cell in cells)})["s"],
-        "worlds": {name: world_facts(name) for name in WORLDS if any(cell.world == name for cell in cells)},
+        "worlds": {name: world_facts(name, budgets[name]) for name in WORLDS if name in budgets},
         "equal_seconds": equal_seconds(read_results(cells, folder)),
     }
     write_text(folder / "comparison.json", json.dumps(facts))

@@ -58,15 +58,16 @@ def run_cell(world_name: str, spec: str, seed: int, budget: Budget) -> dict[str,
     return _finite(result)
 
 
-def world_facts(world_name: str) -> dict[str, Any]:
+def world_facts(world_name: str, budget: Budget) -> dict[str, Any]:
     """What the page draws of a world: its optimal frontier, target samples, density or probabilities."""
     world = get_world(world_name)
     betas = torch.cat([torch.tensor([torch.inf]), torch.logspace(1.5, -1.0, 40)]).double() * world.beta
     kl, reward = world.frontier(betas)
     prompts = f"{len(world.prompts)} prompt{'s' if len(world.prompts) > 1 else ''}"
     kind = world.kind[0].upper() + world.kind[1:]
+    size = f"{world.kernel.num_steps} steps, {prompts}, beta {world.beta:g}"
     facts: dict[str, Any] = {
-        "kind": f"{kind}: {world.kernel.num_steps} steps, {prompts}, beta {world.beta:g}",
+        "kind": f"{kind}: {size}; {budget.samples:,} trajectories a training",
         "frontier": {"kl": kl.mean(1).tolist(), "reward": reward.mean(1).tolist()},
         "target_points": world.sample_target(800, 0, seed=5).tolist(),
         "density": None,
