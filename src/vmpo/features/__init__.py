@@ -1,0 +1,1 @@
+"""What pictures look like to pretrained networks: preprocessing, embeddings and perceptual distances."""
