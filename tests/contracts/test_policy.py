@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmpo.policies.loading import add_lora, load_policy, lora_parameters
+from vmpo.policies.adapters import add_lora, lora_parameters
+from vmpo.policies.loading import load_policy
 from vmpo.policies.policy import Conditioning
-from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
+from vmpo.policies.pipeline import Call, PipelinePolicy
 from vmpo.rollouts import noise_for
 
 PROMPTS = ['a sign that says "ACTOR"', 'a label that reads "AIR"', 'a sign that says "ACTOR"']
 
 
-def load(folder: Path, guidance: float = 1.0) -> StableDiffusion3Policy:
-    return load_policy(str(folder), height=24, width=64, guidance=guidance, max_sequence_length=0)
+def load(folder: Path, guidance: float = 1.0) -> PipelinePolicy:
+    return load_policy(str(folder), Call(24, 64, guidance, max_sequence_length=0))
 
 
 def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -26,27 +27,27 @@ def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def perturb(policy: StableDiffusion3Policy, scale: float = 0.3) -> None:
+def perturb(policy: PipelinePolicy, scale: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(9)
     for parameter in lora_parameters(policy):
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> StableDiffusion3Policy:
+def policy(tiny_model: Path) -> PipelinePolicy:
     """Without adapter and without guidance; no test changes it."""
     return load(tiny_model)
 
 
 @pytest.fixture
-def adapted(tiny_model: Path) -> StableDiffusion3Policy:
+def adapted(tiny_model: Path) -> PipelinePolicy:
     policy = load(tiny_model)
     add_lora(policy, rank=4, alpha=6, targets=None, seed=5)
     return policy
 
 
 @torch.no_grad()
-def test_shapes_and_precision(policy: StableDiffusion3Policy) -> None:
+def test_shapes_and_precision(policy: PipelinePolicy) -> None:
     assert policy.state_shape == (4, 6, 16)
     conditioning = policy.encode(PROMPTS)
     assert len(conditioning) == 3
@@ -65,14 +66,14 @@ def test_shapes_and_precision(policy: StableDiffusion3Policy) -> None:
 
 
 @torch.no_grad()
-def test_decode_is_that_of_the_pipeline(policy: StableDiffusion3Policy) -> None:
+def test_decode_is_that_of_the_pipeline(policy: PipelinePolicy) -> None:
     pipe, x_0 = policy.pipe, inputs()[0]
     latents = x_0 / 0.7 + 0.1  # as the tiny model's autoencoder is configured
     expected = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pt")
     torch.testing.assert_close(policy.decode(x_0), expected, rtol=0, atol=1e-6)
 
 
-def test_encode_gives_equal_prompts_equal_rows_and_others_other_rows(policy: StableDiffusion3Policy) -> None:
+def test_encode_gives_equal_prompts_equal_rows_and_others_other_rows(policy: PipelinePolicy) -> None:
     encoded = policy.encode(PROMPTS)
     for tensor in encoded.positive.values():
         assert torch.equal(tensor[0], tensor[2])
@@ -94,7 +95,7 @@ def test_conditioning_is_indexed_row_by_row(tiny_model: Path) -> None:
 
 
 @torch.no_grad()
-def test_guidance_is_the_hand_formula(policy: StableDiffusion3Policy, tiny_model: Path) -> None:
+def test_guidance_is_the_hand_formula(policy: PipelinePolicy, tiny_model: Path) -> None:
     """v = v(empty prompt) + w (v(prompt) − v(empty prompt)), Ho & Salimans 2022, arXiv 2207.12598."""
     guided = load(tiny_model, guidance=2.5)
     x_t, time = inputs()
@@ -107,7 +108,7 @@ def test_guidance_is_the_hand_formula(policy: StableDiffusion3Policy, tiny_model
 
 
 @torch.no_grad()
-def test_each_row_has_its_own_time(policy: StableDiffusion3Policy) -> None:
+def test_each_row_has_its_own_time(policy: PipelinePolicy) -> None:
     x_t, time = inputs()
     conditioning = policy.encode(PROMPTS)
     together = policy.predict(x_t, time, conditioning)
@@ -118,7 +119,7 @@ def test_each_row_has_its_own_time(policy: StableDiffusion3Policy) -> None:
 
 
 @torch.no_grad()
-def test_an_adapter_starts_at_zero(policy: StableDiffusion3Policy, adapted: StableDiffusion3Policy) -> None:
+def test_an_adapter_starts_at_zero(policy: PipelinePolicy, adapted: PipelinePolicy) -> None:
     x_t, time = inputs()
     conditioning = policy.encode(PROMPTS)
     assert torch.equal(adapted.predict(x_t, time, conditioning), policy.predict(x_t, time, conditioning))
@@ -128,7 +129,7 @@ def test_an_adapter_starts_at_zero(policy: StableDiffusion3Policy, adapted: Stab
     assert sum(bool(p.any()) for p in parameters) == len(parameters) // 2  # A is drawn, B is zero
 
 
-def test_the_adapters_start_is_a_function_of_the_seed(tiny_model: Path, adapted: StableDiffusion3Policy) -> None:
+def test_the_adapters_start_is_a_function_of_the_seed(tiny_model: Path, adapted: PipelinePolicy) -> None:
     again, other = load(tiny_model), load(tiny_model)
     add_lora(again, rank=4, alpha=6, targets=None, seed=5)
     add_lora(other, rank=4, alpha=6, targets=None, seed=6)
@@ -141,7 +142,7 @@ def test_the_adapters_start_is_a_function_of_the_seed(tiny_model: Path, adapted:
 
 
 @torch.no_grad()
-def test_reference_is_the_base_model_and_nests(policy: StableDiffusion3Policy, adapted: StableDiffusion3Policy) -> None:
+def test_reference_is_the_base_model_and_nests(policy: PipelinePolicy, adapted: PipelinePolicy) -> None:
     perturb(adapted)
     x_t, time = inputs()
     conditioning = policy.encode(PROMPTS)
@@ -160,7 +161,7 @@ def test_reference_is_the_base_model_and_nests(policy: StableDiffusion3Policy, a
 
 
 @torch.no_grad()
-def test_reference_ends_with_an_exception(adapted: StableDiffusion3Policy) -> None:
+def test_reference_ends_with_an_exception(adapted: PipelinePolicy) -> None:
     perturb(adapted)
     x_t, time = inputs()
     conditioning = adapted.encode(PROMPTS)
@@ -170,7 +171,7 @@ def test_reference_ends_with_an_exception(adapted: StableDiffusion3Policy) -> No
     assert torch.equal(adapted.predict(x_t, time, conditioning), aligned)
 
 
-def test_only_the_adapter_gets_a_gradient(adapted: StableDiffusion3Policy) -> None:
+def test_only_the_adapter_gets_a_gradient(adapted: PipelinePolicy) -> None:
     perturb(adapted)
     x_t, time = inputs()
     adapted.predict(x_t, time, adapted.encode(PROMPTS)).square().mean().backward()
@@ -180,7 +181,7 @@ def test_only_the_adapter_gets_a_gradient(adapted: StableDiffusion3Policy) -> No
             assert (parameter.grad is not None) == (id(parameter) in trained), name
 
 
-def test_first_noise_is_the_pipelines_latents(policy: StableDiffusion3Policy) -> None:
+def test_first_noise_is_the_pipelines_latents(policy: PipelinePolicy) -> None:
     noise = noise_for([11, 12], 3, policy.state_shape, torch.device("cpu"))
     assert noise.shape == (2, 4, 4, 6, 16)
     for row, seed in zip(noise, [11, 12], strict=True):

@@ -10,17 +10,13 @@ import pytest
 import torch
 
 from vmpo.errors import UserError
+from vmpo.pretraining import glyphs, glyphs_ddim
 from vmpo.pretraining.autoencoder import build_autoencoder
-from vmpo.pretraining.glyphs import (
-    Cycle,
-    Pool,
-    Pretraining,
-    Trainer,
-    build_pipeline,
-    captioned,
-    encode_pool,
-    pretrain_glyphs,
-)
+from vmpo.pretraining.captions import Pool, captioned, encode_pool
+from vmpo.pretraining.glyphs import Glyphs, pretrain_glyphs
+from vmpo.pretraining.glyphs_ddim import GlyphsDDIM, autoencoder_without_shift, pretrain_glyphs_ddim
+from vmpo.pretraining.run import Task, Trainer
+from vmpo.pretraining.settings import Cycle, Pretraining
 from vmpo.pretraining.words import KEYBOARD, LETTERS, MISSPELT_SHARE, misspell, neighbours, word_list
 
 TINY = Pretraining(autoencoder_steps=1, pool=40, cycles=(Cycle(3), Cycle(1)), batch=8, warmup=2)
@@ -71,16 +67,25 @@ def test_a_named_source_is_misspelt_as_often_as_it_says_and_no_caption_holds_a_t
         assert abs(n / 6_000 - share) < 4 * (share * (1 - share) / 6_000) ** 0.5, source
 
 
-def tiny_trainer() -> Trainer:
-    return Trainer(build_pipeline(build_autoencoder(), seed=2, layers=1, width=32), TINY)
+def tiny_task(name: str) -> Task:
+    if name == "glyphs":
+        return Glyphs(glyphs.build_pipeline(build_autoencoder(), seed=2, layers=1, width=32))
+    vae = build_autoencoder()
+    vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
+    return GlyphsDDIM(glyphs_ddim.build_pipeline(autoencoder_without_shift(vae), seed=2, widths=(16, 32), layers=1))
+
+
+def tiny_trainer(name: str = "glyphs") -> Trainer:
+    return Trainer(tiny_task(name), TINY)
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
     return [*(p.detach().clone() for p in trainer.parameters), *(e.clone() for e in trainer.ema)]
 
 
-def test_a_trainer_goes_on_from_its_state_bit_for_bit() -> None:
-    alone = tiny_trainer()
+@pytest.mark.parametrize("name", ["glyphs", "glyphs-ddim"])
+def test_a_trainer_goes_on_from_its_state_bit_for_bit(name: str) -> None:
+    alone = tiny_trainer(name)
     pool = Pool(
         torch.randn((40, 4, 6, 16), generator=torch.Generator().manual_seed(3)).half(),
         alone.empty.repeat(40, 1),
@@ -88,7 +93,7 @@ def test_a_trainer_goes_on_from_its_state_bit_for_bit() -> None:
     losses = [alone.step(pool) for _ in range(2)]
     kept = copy.deepcopy(alone.state())
     losses += [alone.step(pool) for _ in range(2)]
-    other = tiny_trainer()
+    other = tiny_trainer(name)
     other.load_state(kept)
     assert [other.step(pool) for _ in range(2)] == losses[2:]
     torch.testing.assert_close(weights(other), weights(alone), rtol=0, atol=0)
@@ -121,6 +126,46 @@ def test_the_pool_is_the_size_asked_for() -> None:
     trainer = tiny_trainer()
     vae = build_autoencoder()
     vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
-    pool = encode_pool(vae.eval(), trainer.pipe.tokenizer, TINY, lambda line: None)
+    pool = encode_pool(vae.eval(), trainer.task.tokenizer, TINY, lambda line: None)
     assert pool.latents.shape == (40, 4, 6, 16)
     assert pool.tokens.shape == (40, 14)
+
+
+@torch.no_grad()
+def test_the_autoencoder_without_shift_is_the_same_one() -> None:
+    vae = build_autoencoder(seed=5)
+    vae.register_to_config(shift_factor=0.37, scaling_factor=0.7)
+    same = autoencoder_without_shift(vae.eval())
+    pictures = torch.rand((3, 3, 24, 64), generator=torch.Generator().manual_seed(6)) * 2 - 1
+    one, other = vae.encode(pictures).latent_dist, same.encode(pictures).latent_dist
+    torch.testing.assert_close(other.mean, one.mean - 0.37)
+    torch.testing.assert_close(other.std, one.std)
+    torch.testing.assert_close(same.decode(other.mean).sample, vae.decode(one.mean).sample, rtol=0, atol=1e-5)
+    assert same.config.shift_factor is None
+
+
+def test_the_noise_loss_is_the_weighted_error_of_a_guess() -> None:
+    """A network that answers 0 errs by ε: the loss is then the mean of min(SNR, 5)/SNR·|ε|²/D over the same draws."""
+    task, x_0 = tiny_task("glyphs-ddim"), torch.randn((64, 4, 6, 16), generator=torch.Generator().manual_seed(7))
+    tokens = torch.zeros((64, 14), dtype=torch.long)
+    loss = task.loss(
+        lambda x, t, states, return_dict: (torch.zeros_like(x),), x_0, tokens, torch.Generator().manual_seed(8)
+    )
+    again = torch.Generator().manual_seed(8)
+    t = torch.randint(1000, (64,), generator=again)
+    noise = torch.randn(x_0.shape, generator=again)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = (1 - betas).cumprod(0)[t]
+    snr = alpha_bar / (1 - alpha_bar)
+    expected = (noise.double().square().mean((1, 2, 3)) * snr.clamp(max=5.0) / snr).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_pretraining_the_second_pipeline_ends_in_one_that_draws(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pretrain_glyphs_ddim(tmp_path, settings=TINY, log=lambda line: None)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe('a sign that says "AIR"', height=24, width=64, num_inference_steps=2, output_type="pt").images
+    assert drawn.shape == (1, 3, 24, 64)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vmpo.kernels import Kernel, build_kernel
 from vmpo.objectives import get_objective
-from vmpo.policies.loading import add_lora, load_policy, lora_parameters
+from vmpo.policies.adapters import add_lora, lora_parameters
+from vmpo.policies.loading import load_policy
 from vmpo.policies.policy import Conditioning
-from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
+from vmpo.policies.pipeline import Call, PipelinePolicy
 from vmpo.rollouts import noise_for, rollout
 from vmpo.training.checks import check_ratio
 from vmpo.training.update import Penalties, Rollout, Updater
@@ -30,11 +31,11 @@ KERNELS = {
 
 
 @pytest.fixture(scope="module")
-def policies(tiny_model: Path) -> dict[str, StableDiffusion3Policy]:
+def policies(tiny_model: Path) -> dict[str, PipelinePolicy]:
     """The adapter at its start, and after a perturbation."""
     found = {}
     for name in ("start", "moved"):
-        found[name] = policy = load_policy(str(tiny_model), height=24, width=64, max_sequence_length=0)
+        found[name] = policy = load_policy(str(tiny_model), Call(24, 64, max_sequence_length=0))
         add_lora(policy, rank=4, alpha=6, targets=None, seed=5)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -44,14 +45,12 @@ def policies(tiny_model: Path) -> dict[str, StableDiffusion3Policy]:
 
 
 @pytest.fixture(scope="module")
-def conditioning(policies: dict[str, StableDiffusion3Policy]) -> Conditioning:
+def conditioning(policies: dict[str, PipelinePolicy]) -> Conditioning:
     return policies["start"].encode(PROMPTS)
 
 
 @torch.no_grad()
-def output_at(
-    policy: StableDiffusion3Policy, kernel: Kernel, x_t: Tensor, k: int, conditioning: Conditioning
-) -> Tensor:
+def output_at(policy: PipelinePolicy, kernel: Kernel, x_t: Tensor, k: int, conditioning: Conditioning) -> Tensor:
     return policy.predict(x_t, torch.full((len(x_t),), float(kernel.times[k])), conditioning)
 
 
@@ -60,7 +59,7 @@ def mean_and_std(kernel: Kernel, x_t: Tensor, output: Tensor, k: int) -> tuple[T
     return p.mean, p.std[0].item()
 
 
-def updater_of(policy: StableDiffusion3Policy, kernel: Kernel, micro_batch: int) -> Updater:
+def updater_of(policy: PipelinePolicy, kernel: Kernel, micro_batch: int) -> Updater:
     optimizer = torch.optim.SGD(lora_parameters(policy), lr=0.0)
     return Updater(
         policy,
@@ -91,7 +90,7 @@ def rollout_record(drawn: Trajectory, conditioning: Conditioning) -> Rollout:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KERNELS)
 def test_densities_are_those_of_the_stored_states(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning, name: str, dtype: torch.dtype
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning, name: str, dtype: torch.dtype
 ) -> None:
     policy, kernel = policies["moved"], KERNELS[name]
     drawn = rollout(policy, kernel, conditioning, SEEDS, dtype=dtype)
@@ -122,7 +121,7 @@ def test_densities_are_those_of_the_stored_states(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KERNELS)
 def test_ratio_of_an_unchanged_policy_is_exactly_one(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning, name: str, dtype: torch.dtype
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning, name: str, dtype: torch.dtype
 ) -> None:
     policy, kernel = policies["moved"], KERNELS[name]
     drawn = rollout(policy, kernel, conditioning, SEEDS, dtype=dtype)
@@ -136,7 +135,7 @@ def test_ratio_of_an_unchanged_policy_is_exactly_one(
 
 
 def test_half_precision_states_before_the_cast_would_not_give_ratio_one(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning
 ) -> None:
     """The pitfall the test above guards against is real: the state before its cast has another density."""
     policy, kernel = policies["moved"], KERNELS["flow_grpo"]
@@ -149,7 +148,7 @@ def test_half_precision_states_before_the_cast_would_not_give_ratio_one(
 
 
 def test_a_window_is_stochastic_inside_and_the_ode_outside(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning
 ) -> None:
     policy, kernel = policies["moved"], KERNELS["window"]
     drawn = rollout(policy, kernel, conditioning, SEEDS)
@@ -166,7 +165,7 @@ def test_a_window_is_stochastic_inside_and_the_ode_outside(
 
 
 def test_predicted_clean_states_are_kept_where_asked(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning
 ) -> None:
     """x̂_0 = x − sigma·v, indexed by stochastic step, not by sampler step."""
     policy, kernel = policies["moved"], KERNELS["window"]
@@ -179,7 +178,7 @@ def test_predicted_clean_states_are_kept_where_asked(
 
 
 def test_an_adapter_at_its_start_is_the_reference(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning
 ) -> None:
     drawn = rollout(policies["start"], KERNELS["cps"], conditioning, SEEDS)
     assert torch.equal(drawn.kl_ref, torch.zeros_like(drawn.kl_ref))
@@ -188,7 +187,7 @@ def test_an_adapter_at_its_start_is_the_reference(
 
 
 def test_a_rollout_under_the_reference_is_the_base_models(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning
 ) -> None:
     with policies["moved"].reference():
         drawn = rollout(policies["moved"], KERNELS["cps"], conditioning, SEEDS)
@@ -201,7 +200,7 @@ def test_a_rollout_under_the_reference_is_the_base_models(
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_sample_does_not_depend_on_its_batch(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning, batch: int
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning, batch: int
 ) -> None:
     policy, kernel = policies["moved"], KERNELS["flow_grpo"]
     whole = rollout(policy, kernel, conditioning, SEEDS, batch=3, x0_hat_at=[0, 2])
@@ -217,7 +216,7 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 
 def test_a_deterministic_sampler_has_states_and_no_densities(
-    policies: dict[str, StableDiffusion3Policy], conditioning: Conditioning
+    policies: dict[str, PipelinePolicy], conditioning: Conditioning
 ) -> None:
     drawn = rollout(policies["moved"], build_kernel("flow_grpo", 3, eta=0.0), conditioning, SEEDS)
     assert drawn.x.shape == (3, 4, 4, 6, 16)

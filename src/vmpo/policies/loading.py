@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 from vmpo.errors import UserError
+from vmpo.policies.attention import use_attention
+from vmpo.policies.pipeline import Call, PipelinePolicy
+from vmpo.policies.stable_diffusion import StableDiffusionPolicy
 from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
+from vmpo.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 
-POLICIES = {"StableDiffusion3Pipeline": StableDiffusion3Policy}
-EMBEDDED = ("glyphs",)
+POLICIES: dict[str, type[PipelinePolicy]] = {
+    policy.pipeline_class.__name__: policy
+    for policy in (StableDiffusionPolicy, StableDiffusionXLPolicy, StableDiffusion3Policy)
+}
+EMBEDDED = ("glyphs", "glyphs-ddim")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which weights are loaded, and how they are kept.
+
+    Attributes:
+        weights: "fp32", "bf16" or "fp16" of the frozen networks.
+        vae_weights: of the autoencoder; None: as `weights`.
+        variant, revision: of the files on the hub.
+        t5: whether Stable Diffusion 3 gets its third text encoder.
+        quantise: "none", or "int8" or "nf4" for the frozen denoiser and T5 (bitsandbytes).
+        checkpointing: activations are computed again in the backward pass instead of kept.
+        attention: "auto", or one of PyTorch's kernels.
+        vae_slicing: pictures are decoded one by one.
+    """
+
+    weights: str = "fp32"
+    vae_weights: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    t5: bool = True
+    quantise: str = "none"
+    checkpointing: bool = False
+    attention: str = "auto"
+    vae_slicing: bool = False
 
 
 def model_folder(path: str) -> str:
@@ -27,50 +60,54 @@ def model_folder(path: str) -> str:
 
 def load_policy(
     path: str,
-    *,
-    height: int,
-    width: int,
-    guidance: float = 1.0,
-    max_sequence_length: int = 256,
-    weights: str = "fp32",
-    autocast: str = "none",
+    call: Call,
+    loading: Loading | None = None,
     device: torch.device | str = "cpu",
-) -> StableDiffusion3Policy:
+) -> PipelinePolicy:
     """Loads a pipeline, frozen and in evaluation mode, as a policy.
 
     Raises:
-        UserError: if the weights are not there, or no policy is written for the pipeline's class.
+        UserError: if the weights are not there, a package is missing, or no policy is written for the pipeline.
     """
-    folder = model_folder(path)
-    name = pipeline_class(folder)
+    folder, loading = model_folder(path), loading or Loading()
+    policy_class = policy_class_of(path, loading.revision)
+    pipe = _load_pipeline(path, folder, policy_class, loading)
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    _place(pipe, policy_class, call, loading, torch.device(device))
+    if loading.checkpointing:
+        getattr(pipe, policy_class.denoiser_name).enable_gradient_checkpointing()
+    if loading.vae_slicing:
+        pipe.vae.enable_slicing()
+    use_attention(loading.attention)
+    return policy_class(pipe, call)
+
+
+def policy_class_of(path: str, revision: str | None = None) -> type[PipelinePolicy]:
+    """The policy written for a pipeline.
+
+    Raises:
+        UserError: if there is none, with the file to write.
+    """
+    name = pipeline_class(model_folder(path), revision)
     if name not in POLICIES:
         raise UserError(
             f"model '{path}' is a {name}, which vmpo does not know; it knows {', '.join(POLICIES)}. "
             f"To add it, write src/vmpo/policies/<model>.py as docs/extending.md shows"
         )
-    policy_class = POLICIES[name]
-    dtype = DTYPES[weights]
-    try:
-        missing = {k: None for k in _absent_components(folder)}
-        pipe = policy_class.pipeline_class.from_pretrained(folder, dtype=dtype, **missing)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model '{path}' could not be loaded: {str(error).splitlines()[0]}") from error
-    pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    pipe.to(device)
-    return policy_class(pipe, height, width, guidance, max_sequence_length, DTYPES[autocast])
+    return POLICIES[name]
 
 
-def pipeline_class(folder: str) -> str:
+def pipeline_class(folder: str, revision: str | None = None) -> str:
     """The class named in `model_index.json` of a folder or hub repository.
 
     Raises:
         UserError: if it cannot be found, with the way to get the weights.
     """
     try:
-        index = DiffusionPipeline.load_config(folder)
+        index = DiffusionPipeline.load_config(folder, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no diffusers model at '{folder}': it is neither a folder with a model_index.json nor a hub model that "
@@ -79,59 +116,62 @@ def pipeline_class(folder: str) -> str:
     return str(index["_class_name"])
 
 
-def _absent_components(folder: str) -> list[str]:
-    # StableDiffusion3Pipeline refuses to load without T5 unless told so, although it runs without.
-    index_file = Path(folder) / "model_index.json"
-    if not index_file.is_file():
-        return []
-    index: dict[str, Any] = json.loads(index_file.read_text())
-    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
-    expected = [k for k in ("text_encoder_3", "tokenizer_3") if index["_class_name"] == "StableDiffusion3Pipeline"]
-    return [*absent, *(k for k in expected if k not in index)]
-
-
-def add_lora(policy: StableDiffusion3Policy, rank: int, alpha: float, targets: list[str] | None, seed: int) -> None:
-    """Adds a trainable adapter, float32, whose output starts at zero.
-
-    Raises:
-        UserError: if no module bears one of the names.
-    """
-    torch.manual_seed(seed)  # the adapter's start is part of the run's seed
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        init_lora_weights="gaussian",
-        target_modules=list(targets or policy.lora_targets),
-    )
+def _load_pipeline(path: str, folder: str, policy_class: type[PipelinePolicy], loading: Loading) -> DiffusionPipeline:
+    left_out = _left_out(folder, policy_class, loading)
+    options: dict[str, Any] = {"dtype": DTYPES[loading.weights], **dict.fromkeys(left_out)}
+    for name in ("variant", "revision"):
+        if (value := getattr(loading, name)) is not None:
+            options[name] = value
+    if loading.quantise != "none":
+        options["quantization_config"] = quantisation(policy_class, loading)
     try:
-        policy.denoiser.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"model.lora.targets {targets}: {str(error).splitlines()[0]}") from error
-    for parameter in lora_parameters(policy):
-        parameter.data = parameter.data.float()
+        pipe = policy_class.pipeline_class.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model '{path}' could not be loaded: {str(error).splitlines()[0]}") from error
+    vae = DTYPES[loading.vae_weights or loading.weights]
+    if vae is torch.float16 and policy_class.upcasts_vae and pipe.vae.config.force_upcast:
+        vae = torch.float32  # its activations overflow half precision
+    pipe.vae.to(vae)
+    return pipe
 
 
-def lora_parameters(policy: StableDiffusion3Policy) -> list[torch.nn.Parameter]:
-    """The adapter's parameters, in a fixed order."""
-    return [p for p in policy.denoiser.parameters() if p.requires_grad]
+def _left_out(folder: str, policy_class: type[PipelinePolicy], loading: Loading) -> list[str]:
+    # components that vmpo never calls, or that a model was saved without: from_pretrained would insist on them
+    index_file = Path(folder) / "model_index.json"
+    index: dict[str, Any] = json.loads(index_file.read_text()) if index_file.is_file() else {}
+    absent = [k for k, v in index.items() if isinstance(v, list) and v[0] is None]
+    t5 = ("text_encoder_3", "tokenizer_3") if "text_encoder_3" in policy_class.encoder_names else ()
+    without = [name for name in t5 if not loading.t5 or (index and name not in index)]
+    return list(dict.fromkeys([*policy_class.unused_components, *absent, *without]))
 
 
-def save_lora(policy: StableDiffusion3Policy, folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` as diffusers loads it, rank and alpha included."""
-    config = policy.denoiser.peft_config["default"].to_dict()
-    state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(policy.denoiser).items()}
-    policy.pipeline_class.save_lora_weights(
-        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=config
+def quantisation(policy_class: type[PipelinePolicy], loading: Loading) -> PipelineQuantizationConfig:
+    """The frozen denoiser, and T5 where it is loaded, in 8 or 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Raises:
+        UserError: if bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantise={loading.quantise} needs the package bitsandbytes: pip install bitsandbytes")
+    compute = DTYPES[loading.weights]
+    kwargs: dict[str, Any] = {"load_in_8bit": True}
+    if loading.quantise == "nf4":
+        kwargs = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+    t5 = [n for n in ("text_encoder_3",) if n in policy_class.encoder_names and loading.t5]
+    return PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_8bit" if loading.quantise == "int8" else "bitsandbytes_4bit",
+        quant_kwargs=kwargs,
+        components_to_quantize=[policy_class.denoiser_name, *t5],
     )
 
 
-def load_lora(policy: StableDiffusion3Policy, folder: Path) -> None:
-    """Loads an adapter written by `save_lora` or by diffusers.
-
-    Raises:
-        UserError: if there is none.
-    """
-    file = folder / "pytorch_lora_weights.safetensors"
-    if not file.is_file():
-        raise UserError(f"no adapter at '{file}'; 'vmpo train' writes one into its run folder's adapter/")
-    policy.pipe.load_lora_weights(str(folder), adapter_name="default")
+def _place(
+    pipe: DiffusionPipeline, policy_class: type[PipelinePolicy], call: Call, loading: Loading, device: torch.device
+) -> None:
+    encoders = policy_class.encoder_names
+    stays = encoders if call.offload_encoders else ()
+    quantised = (policy_class.denoiser_name, "text_encoder_3") if loading.quantise != "none" else ()
+    for name, component in pipe.components.items():
+        # quantised weights were put where they belong by the loader
+        if isinstance(component, torch.nn.Module) and name not in stays and name not in quantised:
+            component.to(device)

@@ -22,6 +22,14 @@ class Conditioning:
         take = {k: v[rows] for k, v in self.positive.items()}
         return Conditioning(take, {k: v[rows] for k, v in self.negative.items()} if self.negative else None)
 
+    @staticmethod
+    def cat(parts: list[Conditioning]) -> Conditioning:
+        """The rows of several, all with or all without unconditional twins."""
+        positive = {k: torch.cat([part.positive[k] for part in parts]) for k in parts[0].positive}
+        if parts[0].negative is None:
+            return Conditioning(positive)
+        return Conditioning(positive, {k: torch.cat([(part.negative or {})[k] for part in parts]) for k in positive})
+
     def __len__(self) -> int:
         return len(next(iter(self.positive.values())))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmpo.errors import UserError
 from vmpo.objectives.levels import Level
@@ -33,15 +33,24 @@ class LoRA(_Section):
 class Model(_Section):
     """Which pipeline is aligned and how its network is called."""
 
-    path: str = Field("glyphs", description="'glyphs' (embedded), a local folder or a hub name")
+    path: str = Field("glyphs", description="'glyphs' or 'glyphs-ddim' (embedded), a local folder or a hub name")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    variant: str | None = Field(None, description="of the weight files on the hub, e.g. fp16")
     height: int = Field(512, ge=8)
     width: int = Field(512, ge=8)
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance in rollout and training; 1 is off")
     max_sequence_length: int = Field(
         256, ge=0, le=512, description="T5 tokens; 0 leaves the padding of a missing T5 out"
     )
-    weights: Literal["fp32", "bf16", "fp16"] = "fp32"
+    t5: bool = Field(True, description="false leaves Stable Diffusion 3's third text encoder out")
+    weights: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen networks; the adapter is fp32")
+    vae_weights: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="None: as weights")
     autocast: Literal["none", "bf16", "fp16"] = "none"
+    quantise: Literal["none", "int8", "nf4"] = Field("none", description="the frozen denoiser, by bitsandbytes")
+    checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory")
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    vae_slicing: bool = Field(False, description="decode pictures one by one: less memory")
+    offload_encoders: bool = Field(False, description="text encoders are on the device only while they encode")
     lora: LoRA = LoRA()
 
 
@@ -57,18 +66,43 @@ class Sampler(_Section):
 
 
 class Prompts(_Section):
-    """Prompt files, one prompt a line, or the embedded sets 'glyphs/train' and 'glyphs/test'."""
+    """Prompt sets by name ('vmpo prompts' lists them), files (.txt, .jsonl, .json), or unions 'a+b' of such."""
 
     train: str = "glyphs/train"
     test: str = "glyphs/test"
 
 
 class Reward(_Section):
-    """Rewards by name or 'module:function', with their weights."""
+    """Rewards by name or 'module:function', with their weights and options."""
 
     weights: dict[str, float] = Field({"ocr": 1.0}, min_length=1)
     combine: Literal["sum", "group_normalised"] = "sum"
     held_out: list[str] = Field([], description="rewards that are measured at evaluations and never trained on")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description="{name: {option: value}}; with 'use: NAME' the name is free and NAME says what it is"
+    )
+
+    def sources(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """What each trained-on or held-out reward is, a built-in name or 'module:name', and its options.
+
+        Raises:
+            UserError: for options of a reward that is neither.
+        """
+        names = list(dict.fromkeys([*self.weights, *self.held_out]))
+        for name in self.options:
+            if name not in names:
+                raise UserError(
+                    f"reward.options: '{name}' is neither in reward.weights nor in reward.held_out"
+                    f"{_nearest(name, names)}"
+                )
+        found = {}
+        for name in names:
+            options = dict(self.options.get(name, {}))
+            use = options.pop("use", name)
+            if not isinstance(use, str):
+                raise UserError(f"reward.options.{name}.use={use!r}; it must name a reward, e.g. use: remote")
+            found[name] = use, options
+        return found
 
 
 class Objective(_Section):
@@ -76,6 +110,13 @@ class Objective(_Section):
 
     name: str = "vmpo_diff"
     beta: float = Field(0.1, gt=0, description="reward temperature: the target is p_ref·exp(r/beta)")
+    target_kl: float | None = Field(
+        None, gt=0, description="nats a trajectory at which KL(p_theta‖p_ref) is held by moving beta; None: beta stays"
+    )
+    kl_gain: float = Field(0.1, gt=0, lt=5, description="how fast: beta changes by a fifth of this an epoch at most")
+    beta_range: tuple[float, float] = Field(
+        (0.01, 100.0), description="least and most that a moving beta becomes, as multiples of beta"
+    )
     level: Level | None = Field(None, description="which sums of steps are made constant")
     centre: Centre | None = None
     potential: Potential | None = None
@@ -96,9 +137,16 @@ class Objective(_Section):
         None, description="stochastic steps whose r(x0_hat) enters the difference potential; None: all"
     )
 
+    @field_validator("beta_range")
+    @classmethod
+    def _holds_beta(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= 1 <= value[1]:
+            raise ValueError("it must be [low, high] with 0 < low <= 1 <= high")
+        return value
+
     def parts(self) -> dict[str, Any]:
         """The parts that are set, in place of the method's own."""
-        own = self.model_dump(exclude={"name", "beta", "intermediate"})
+        own = self.model_dump(exclude={"name", "beta", "target_kl", "kl_gain", "beta_range", "intermediate"})
         return {part: value for part, value in own.items() if value is not None}
 
 
@@ -117,7 +165,9 @@ class Optimisation(_Section):
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the averaged adapter used at evaluation; 0 is off")
     warmup: int = Field(0, ge=0, description="updates over which the learning rate rises")
     decay: bool = Field(False, description="linear decay of the learning rate to 0 over the run")
-    micro_batch: int = Field(64, ge=1, description="rows or pictures a forward pass; changes memory, not results")
+    micro_batch: int = Field(
+        64, ge=0, description="rows or pictures a forward pass; changes memory, not results; 0: as many as fit"
+    )
 
 
 class Evaluation(_Section):
@@ -125,11 +175,32 @@ class Evaluation(_Section):
 
     every: int = Field(10, ge=0, description="epochs between evaluations during training; 0 is never")
     prompts: int = Field(64, ge=1, description="held-out prompts of the evaluations during training")
+    images: int = Field(1, ge=1, description="pictures a prompt of these; 2 or more measure diversity")
+    train_prompts: int = Field(
+        0, ge=0, description="training prompts measured beside them, for the gap between the two; 0 is off"
+    )
+    pareto: int = Field(
+        4, ge=0, description="adapters kept of evaluations no other beats in reward, KL and diversity; 0 is off"
+    )
     final_prompts: int = Field(256, ge=1)
     final_images: int = Field(4, ge=2, description="pictures a prompt of the final evaluation")
     truth_prompts: int = Field(48, ge=0)
     truth_images: int = Field(32, ge=2, description="base samples a prompt from which the tilted truth is computed")
-    patience: int = Field(0, ge=0, description="evaluations without a better held-out reward before stopping; 0 is off")
+    patience: int = Field(
+        0, ge=0, description="evaluations without a better reward, or with a fallen one, before stopping; 0 is off"
+    )
+    stop_on: Literal["reward", "held_out"] = Field(
+        "reward",
+        description="what patience watches: the trained reward on held-out prompts, or the rewards of reward.held_out",
+    )
+    stop_errors: float = Field(
+        2.0, gt=0, description="standard errors (paired by prompt) that a fall of a held-out reward must exceed"
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="nats a trajectory; training stops at the first evaluation above; None: no budget"
+    )
+    steps: int | None = Field(None, ge=1, description="steps of the pictures of tables; None: the sampler's")
+    eta: float | None = Field(None, ge=0, description="noise level of the pictures of tables; None: the sampler's")
     seed: int = 1234
 
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from vmpo.errors import UserError
 from vmpo.kernels import Kernel, build_kernel
 from vmpo.objectives import Objective, get_objective
-from vmpo.policies.loading import add_lora, load_policy
+from vmpo.policies.adapters import add_lora
+from vmpo.policies.loading import DTYPES, Loading, load_policy, policy_class_of
+from vmpo.policies.pipeline import Call, PipelinePolicy
 from vmpo.policies.policy import Policy
-from vmpo.policies.stable_diffusion_3 import StableDiffusion3Policy
 from vmpo.policies.value_network import ValueNetwork
+from vmpo.prompts import PromptSet, load_prompts
 from vmpo.rewards import Reward, check_prompts, load_reward
 from vmpo.training.config import Config
 from vmpo.training.learned_terms import LearnedTerms
-from vmpo.training.prompts import PromptSet, load_prompts
 
 
 @dataclass(frozen=True)
 class Parts:
     """What a configuration names, loaded."""
 
-    policy: StableDiffusion3Policy
+    policy: PipelinePolicy
     kernel: Kernel
     objective: Objective
     rewards: dict[str, Reward]
@@ -32,23 +33,23 @@ class Parts:
     test: PromptSet
 
 
-def load_policy_of(config: Config, device: torch.device | str = "cpu") -> StableDiffusion3Policy:
+def load_policy_of(config: Config, device: torch.device | str = "cpu") -> PipelinePolicy:
     """The pretrained model of a configuration, without adapter."""
     model = config.model
-    return load_policy(
-        model.path,
+    call = Call(
         height=model.height,
         width=model.width,
         guidance=model.guidance,
         max_sequence_length=model.max_sequence_length,
-        weights=model.weights,
-        autocast=model.autocast,
-        device=device,
+        autocast=DTYPES[model.autocast],
+        offload_encoders=model.offload_encoders,
     )
+    loading = Loading(**{f.name: getattr(model, f.name) for f in fields(Loading)})
+    return load_policy(model.path, call, loading, device)
 
 
-def load_kernel_of(config: Config) -> Kernel:
-    """The sampler of a configuration."""
+def load_kernel_of(config: Config, policy: PipelinePolicy) -> Kernel:
+    """The sampler of a configuration, on the noise schedule of the policy's model."""
     sampler = config.sampler
     return build_kernel(
         sampler.kernel,
@@ -57,7 +58,31 @@ def load_kernel_of(config: Config) -> Kernel:
         shift=sampler.shift,
         schedule=sampler.schedule,
         window=sampler.window,
+        **policy.schedule,
     )
+
+
+def check_sampler(config: Config) -> None:
+    """The kernel must be one of the model's kind and have a stochastic step; looks at no weights.
+
+    Raises:
+        UserError: otherwise.
+    """
+    sampler, model = config.sampler, config.model
+    policy_class = policy_class_of(model.path, model.revision)
+    if policy_class.flow == (sampler.kernel == "ddim"):
+        kind, right = (
+            ("flow model", "flow_grpo, dance or cps") if policy_class.flow else ("noise-predicting model", "ddim")
+        )
+        raise UserError(
+            f"sampler.kernel={sampler.kernel} does not go with model '{model.path}', a {kind}: "
+            f"set sampler.kernel to {right}"
+        )
+    if sampler.eta == 0:
+        raise UserError(
+            f"sampler.kernel={sampler.kernel} with eta=0 has no stochastic step, hence no density to train on; set "
+            f"sampler.eta above 0"
+        )
 
 
 def load_objective_of(config: Config) -> Objective:
@@ -79,7 +104,7 @@ def density_scale(objective: Objective, policy: Policy) -> float:
 
 def load_rewards_of(config: Config) -> dict[str, Reward]:
     """Trained-on and held-out rewards, by name."""
-    return {name: load_reward(name) for name in dict.fromkeys([*config.reward.weights, *config.reward.held_out])}
+    return {name: load_reward(use, options) for name, (use, options) in config.reward.sources().items()}
 
 
 def load_prompts_of(config: Config, rewards: dict[str, Reward]) -> tuple[PromptSet, PromptSet]:
@@ -132,16 +157,12 @@ def load_parts(config: Config, device: torch.device | str) -> Parts:
         UserError: if something is missing, or the parts do not fit together.
     """
     objective = load_objective_of(config)
-    kernel = load_kernel_of(config)
-    if len(kernel.stochastic_steps) == 0:
-        raise UserError(
-            f"sampler.kernel={config.sampler.kernel} with eta={config.sampler.eta} has no stochastic step, hence no "
-            f"density to train on; set sampler.eta above 0"
-        )
+    check_sampler(config)
     rewards = load_rewards_of(config)
-    check_gradients(objective, kernel, {name: rewards[name] for name in config.reward.weights})
     train, test = load_prompts_of(config, rewards)
     policy = load_policy_of(config, device)
+    kernel = load_kernel_of(config, policy)
+    check_gradients(objective, kernel, {name: rewards[name] for name in config.reward.weights})
     lora = config.model.lora
     add_lora(policy, lora.rank, lora.alpha, lora.targets, config.seed)
     return Parts(policy, kernel, objective, rewards, train, test)

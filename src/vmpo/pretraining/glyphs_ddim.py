@@ -1,0 +1,128 @@
+"""Trains the embedded pipeline `glyphs-ddim`: a small StableDiffusionPipeline on the words and captions of `glyphs`.
+
+It has what Stable Diffusion 1.x has: a UNet that predicts the noise, the scaled-linear schedule of 1000 steps, DDIM,
+one CLIP text encoder and classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from vmpo.pretraining.captions import build_tokenizer, text_config
+from vmpo.pretraining.run import Log, pretrain
+from vmpo.pretraining.settings import Cycle, Pretraining
+
+MIN_SNR = 5.0
+
+
+def autoencoder_without_shift(vae: AutoencoderKL) -> AutoencoderKL:
+    """The same autoencoder for pipelines that know of no shift: 1 × 1 convolutions on the latents' side take it over.
+
+    `quant_conv` subtracts the shift from the mean it passes on, `post_quant_conv` adds it before decoding.
+    """
+    shift, channels = vae.config.shift_factor, vae.config.latent_channels
+    changed = {"shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
+    same: AutoencoderKL = AutoencoderKL.from_config({**vae.config, **changed})
+    same.load_state_dict(vae.state_dict(), strict=False)
+    for conv, sign in ((same.quant_conv, -1.0), (same.post_quant_conv, 1.0)):
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+        with torch.no_grad():
+            conv.bias[:channels] = sign * shift  # beyond are the log-variances
+    return same.eval()
+
+
+def build_pipeline(
+    vae: AutoencoderKL, seed: int = 0, widths: tuple[int, int] = (48, 128), layers: int = 2
+) -> StableDiffusionPipeline:
+    """An untrained pipeline: a UNet of 5.0 M parameters on latents of 6 × 16, text attended to at 3 × 8."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=widths[1] // 32,  # of this class, the number of heads
+        transformer_layers_per_block=layers,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(tokenizer, 128)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+class GlyphsDDIM:
+    """Noise regressed at x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε, weighted by min(SNR_t, 5)/SNR_t, SNR_t = ᾱ_t/(1−ᾱ_t).
+
+    Source: Ho et al. 2020, arXiv 2006.11239; the weight is Hang et al. 2023, arXiv 2303.09556, with their γ.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
+        self.pipe, self.network, self.tokenizer = pipe, pipe.unet, pipe.tokenizer
+        self.encoders: list[nn.Module] = [pipe.text_encoder]
+        self.alpha_bar = pipe.scheduler.alphas_cumprod
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [p for n, p in self.network.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
+
+    def loss(self, predict: Callable[..., Any], x_0: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator)
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+        states = self.encoders[0](tokens)[0]
+        predicted = predict(x_t, t, states, return_dict=False)[0]
+        snr = self.alpha_bar[t] / (1 - self.alpha_bar[t])
+        errors = (predicted.float() - noise).square().mean((1, 2, 3))
+        return (errors * snr.clamp(max=MIN_SNR) / snr).mean()
+
+
+def pretrain_glyphs_ddim(
+    folder: Path,
+    *,
+    scale: float = 1.0,
+    settings: Pretraining | None = None,
+    compiled: bool = False,
+    log: Log = print,
+) -> StableDiffusionPipeline:
+    """Trains the UNet and its text encoder on latents of the autoencoder of `glyphs`, see `pretrain`."""
+    embedded = str(resources.files("vmpo").joinpath("assets/glyphs/vae"))
+    task = pretrain(
+        folder,
+        settings or Pretraining(cycles=(Cycle(11_000, decay=0.6),), lr=1e-3),
+        lambda chosen, log: autoencoder_without_shift(AutoencoderKL.from_pretrained(embedded)),
+        lambda vae, seed: GlyphsDDIM(build_pipeline(vae, seed)),
+        scale=scale,
+        compiled=compiled,
+        log=log,
+    )
+    return task.pipe
