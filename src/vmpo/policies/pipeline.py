@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,6 +73,11 @@ class PipelinePolicy(ABC):
         """The denoiser's output for encoded prompts."""
 
     @property
+    @abstractmethod
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one encoded prompt's tensors, without the batch."""
+
+    @property
     def schedule(self) -> Mapping[str, Any]:
         """What a kernel has to know of the noise the model was trained with, as arguments of `build_kernel`.
 
@@ -117,10 +122,9 @@ class PipelinePolicy(ABC):
         if conditioning.negative is not None:
             inputs = {k: torch.cat([conditioning.negative[k], v]) for k, v in inputs.items()}
             x_t, time = torch.cat([x_t, x_t]), torch.cat([time, time])
-        enabled = self.call.autocast is not None
-        with torch.autocast(self.device.type, self.call.autocast or torch.bfloat16, enabled=enabled):
-            dtype = x_t.dtype if enabled else self.denoiser.dtype
-            output = self._denoise(x_t.to(dtype), time, inputs).float()
+        autocast = self.call.autocast
+        with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+            output = self._denoise(x_t.to(x_t.dtype if autocast else self.denoiser.dtype), time, inputs).float()
         if conditioning.negative is None:
             return output
         unconditional, conditional = output.chunk(2)

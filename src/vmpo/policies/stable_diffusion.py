@@ -20,5 +20,10 @@ class StableDiffusionPolicy(PipelinePolicy):
         embeds, negative = self.pipe.encode_prompt(prompt, self.encoder_device, 1, guided)
         return Conditioning({"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative} if guided else None)
 
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self.pipe.text_encoder.config.max_position_embeddings
+        return {"encoder_hidden_states": (tokens, self.denoiser.config.cross_attention_dim)}
+
     def _denoise(self, x_t: Tensor, time: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return self.denoiser(x_t, time, return_dict=False, **inputs)[0]

@@ -47,5 +47,14 @@ class StableDiffusion3Policy(PipelinePolicy):
             {"encoder_hidden_states": negative, "pooled_projections": negative_pooled} if guided else None,
         )
 
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser.config
+        tokens = self.pipe.text_encoder.config.max_position_embeddings + self.call.max_sequence_length
+        return {
+            "encoder_hidden_states": (tokens, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+
     def _denoise(self, x_t: Tensor, time: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return self.denoiser(hidden_states=x_t, timestep=time, return_dict=False, **inputs)[0]

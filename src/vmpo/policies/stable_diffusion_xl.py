@@ -33,6 +33,12 @@ class StableDiffusionXLPolicy(PipelinePolicy):
             else None,
         )
 
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        text = self.pipe.text_encoder_2.config
+        states = (text.max_position_embeddings, self.denoiser.config.cross_attention_dim)
+        return {"encoder_hidden_states": states, "text_embeds": (text.projection_dim,), "time_ids": (6,)}
+
     def _denoise(self, x_t: Tensor, time: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         added = {name: inputs[name] for name in ("text_embeds", "time_ids")}
         states = inputs["encoder_hidden_states"]

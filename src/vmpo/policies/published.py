@@ -1,0 +1,57 @@
+"""The published models by their architectures: pipelines without weights, for estimates, benchmarks and checks."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+
+from vmpo.errors import UserError
+
+FOLDER = resources.files("vmpo").joinpath("assets/published")
+
+
+def published_names() -> list[str]:
+    """Names of the architectures that are known."""
+    return sorted(file.name.removesuffix(".json") for file in FOLDER.iterdir() if file.name.endswith(".json"))
+
+
+def published(name: str) -> dict[str, Any]:
+    """{"hub": repository, "pipeline": class, "components": {name: configuration}} of a published model.
+
+    Raises:
+        UserError: if it is not known.
+    """
+    if name not in published_names():
+        raise UserError(f"no published architecture '{name}'; known: {', '.join(published_names())}")
+    found: dict[str, Any] = json.loads(FOLDER.joinpath(f"{name}.json").read_text())
+    return found
+
+
+def build_published(name: str, device: torch.device | str = "meta", *, encoders: bool = True) -> DiffusionPipeline:
+    """The pipeline with untrained networks (on the meta device: none at all) and without tokenizers."""
+    model = published(name)
+    pipeline_class = getattr(diffusers, model["pipeline"])
+    expected, _ = pipeline_class._get_signature_keys(pipeline_class)
+    components: dict[str, Any] = dict.fromkeys(name for name in expected if name != "self")
+    for part, config in model["components"].items():
+        if encoders or not part.startswith("text_encoder"):
+            components[part] = _build(dict(config), device)
+    more = {"requires_safety_checker": False} if model["pipeline"] == "StableDiffusionPipeline" else {}
+    return pipeline_class(**components, **more)
+
+
+def _build(config: dict[str, Any], device: torch.device | str) -> Any:
+    name = config.pop("_class_name")
+    if name.endswith("Scheduler"):
+        return getattr(diffusers, name).from_config(config)
+    with torch.device(device):
+        if hasattr(diffusers, name):
+            return getattr(diffusers, name).from_config(config).eval()
+        network = getattr(transformers, name)
+        return network(network.config_class(**config)).eval()
