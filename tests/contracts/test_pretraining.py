@@ -72,7 +72,8 @@ def tiny_task(name: str) -> Task:
         return Glyphs(glyphs.build_pipeline(build_autoencoder(), seed=2, layers=1, width=32))
     vae = build_autoencoder()
     vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
-    return GlyphsDDIM(glyphs_ddim.build_pipeline(autoencoder_without_shift(vae), seed=2, widths=(16, 32), layers=1))
+    pipe = glyphs_ddim.build_pipeline(autoencoder_without_shift(vae), seed=2, widths=(16, 32), layers=1)
+    return GlyphsDDIM(pipe, teacher=tiny_task("glyphs"))  # type: ignore[arg-type]
 
 
 def tiny_trainer(name: str = "glyphs") -> Trainer:
@@ -144,21 +145,41 @@ def test_the_autoencoder_without_shift_is_the_same_one() -> None:
     assert same.config.shift_factor is None
 
 
-def test_the_noise_loss_is_the_weighted_error_of_a_guess() -> None:
-    """A network that answers 0 errs by ε: the loss is then the mean of min(SNR, 5)/SNR·|ε|²/D over the same draws."""
+def test_the_noise_loss_is_the_weighted_distance_to_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that answers 0 and a teacher that knows the noise: the mean of min(SNR, 5)/SNR·|ε|²/D over the draws."""
     task, x_0 = tiny_task("glyphs-ddim"), torch.randn((64, 4, 6, 16), generator=torch.Generator().manual_seed(7))
-    tokens = torch.zeros((64, 14), dtype=torch.long)
-    loss = task.loss(
-        lambda x, t, states, return_dict: (torch.zeros_like(x),), x_0, tokens, torch.Generator().manual_seed(8)
-    )
     again = torch.Generator().manual_seed(8)
     t = torch.randint(1000, (64,), generator=again)
     noise = torch.randn(x_0.shape, generator=again)
+    monkeypatch.setattr(task, "teacher_noise", lambda x_t, alpha_bar, tokens: noise)
+    tokens = torch.zeros((64, 14), dtype=torch.long)
+    draws = torch.Generator().manual_seed(8)
+    loss = task.loss(lambda x, t, states, return_dict: (torch.zeros_like(x),), x_0, tokens, draws)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = (1 - betas).cumprod(0)[t]
     snr = alpha_bar / (1 - alpha_bar)
     expected = (noise.double().square().mean((1, 2, 3)) * snr.clamp(max=5.0) / snr).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_teachers_noise_is_the_truth_where_its_velocity_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """v = x_1 − x_0 at x_s = (1−s)·x_0 + s·x_1 is the noise ε = x_1 at x_t = √ᾱ·x_0 + √(1−ᾱ)·ε, at every level."""
+    task = tiny_task("glyphs-ddim")
+    assert isinstance(task, GlyphsDDIM)
+    generator = torch.Generator().manual_seed(9)
+    x_0, noise = torch.randn((2, 5, 4, 6, 16), generator=generator)
+    alpha_bar = torch.tensor([0.999, 0.7, 0.4, 0.1, 0.005]).view(-1, 1, 1, 1)
+    seen: list[torch.Tensor] = []
+
+    def velocity(predict: object, x_s: torch.Tensor, s: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(x_s - (1 - s.view(-1, 1, 1, 1)) * x_0 - s.view(-1, 1, 1, 1) * noise)
+        return noise - x_0
+
+    monkeypatch.setattr(task.teacher, "velocity", velocity)
+    found = task.teacher_noise(alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise, alpha_bar, torch.zeros(5, 14))
+    torch.testing.assert_close(found, noise, rtol=0, atol=2e-6)
+    assert seen[0].abs().max() < 2e-6, "the teacher sees its own kind of state"
 
 
 def test_pretraining_the_second_pipeline_ends_in_one_that_draws(tmp_path: Path) -> None:

@@ -68,15 +68,20 @@ class Glyphs:
         s = torch.sigmoid(torch.randn(len(x_0), generator=generator))
         x_1 = torch.randn(x_0.shape, generator=generator)
         x_s = (1 - s.view(-1, 1, 1, 1)) * x_0 + s.view(-1, 1, 1, 1) * x_1
+        v = self.velocity(predict, x_s, s, tokens)
+        return (v.float() - (x_1 - x_0)).square().mean()
+
+    def velocity(self, predict: Callable[..., Any], x_s: Tensor, s: Tensor, tokens: Tensor) -> Tensor:
+        """The network's guess of v at states (N, *shape) and times s in [0, 1], (N,)."""
         states, pooled = self._encode(tokens)
-        v = predict(
+        output: Tensor = predict(
             hidden_states=x_s,
             timestep=1000 * s,
             encoder_hidden_states=states,
             pooled_projections=pooled,
             return_dict=False,
         )[0]
-        return (v.float() - (x_1 - x_0)).square().mean()
+        return output
 
     def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         # the pipeline's own text path without T5: penultimate states side by side, projections side by side
