@@ -1,6 +1,9 @@
 """Times rollout and update of a recipe, and says what share of the machine's matrix-product rate they reach.
 
-python benchmarks/throughput.py [RECIPE] [key.path=value …] [--repeats N] [--threads N] [--out FILE]
+python benchmarks/throughput.py [RECIPE] [key.path=value …] [--random-weights] [--repeats N] [--threads N] [--out FILE]
+
+With --random-weights the recipe's published architecture is built at its full size without its weights, and prompts are
+noise: what a step costs does not depend on either.
 """
 
 from __future__ import annotations
@@ -23,11 +26,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmpo.errors import UserError
-from vmpo.training.config import Config, load_config
+from vmpo.policies.attention import use_attention
+from vmpo.policies.loading import DTYPES, POLICIES
+from vmpo.policies.pipeline import PipelinePolicy
+from vmpo.policies.policy import Conditioning
+from vmpo.policies.published import build_published, published, published_names
+from vmpo.training.config import Config
 from vmpo.training.provenance import hardware
+from vmpo.training.recipes import load_config
 from vmpo.training.rollout import Rollout
 from vmpo.training.run import silence_libraries
-from vmpo.training.setup import load_parts
+from vmpo.training.setup import call_of, load_parts
 from vmpo.training.trainer import Trainer
 
 MATRIX = 2048
@@ -39,9 +48,10 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
-    """Best measured rate of a float32 product of 2048 x 2048 matrices, FLOP/s, on the threads torch uses."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=device) for _ in range(2))
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Best measured rate of a product of square matrices, FLOP/s, in the precision and on the threads torch uses."""
+    size = MATRIX if device.type == "cpu" else 4 * MATRIX
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     fastest, began = math.inf, time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -50,7 +60,7 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
         torch.mm(a, b)
         synchronise()
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * MATRIX**3 / fastest
+    return 2 * size**3 / fastest
 
 
 def flops_per_row(trainer: Trainer, data: Rollout) -> dict[str, float]:
@@ -109,17 +119,48 @@ def peak_memory_gib() -> float:
     return held / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 
 
-def measure(config: Config, repeats: int) -> dict[str, Any]:
+def untrained_policy(config: Config, device: torch.device) -> PipelinePolicy:
+    """The recipe's published architecture at full size with random weights and random prompts."""
+    known = {published(name)["hub"]: name for name in published_names()}
+    if config.model.path not in known:
+        raise UserError(f"--random-weights: no architecture is known for '{config.model.path}', only for {list(known)}")
+    torch.manual_seed(0)
+    pipe, loading = build_published(known[config.model.path], device), config.model
+    policy_class = POLICIES[type(pipe).__name__]
+    denoiser = getattr(pipe, policy_class.denoiser_name)
+    denoiser.requires_grad_(False).to(DTYPES[loading.weights])
+    pipe.vae.requires_grad_(False).to(DTYPES[loading.vae_weights or loading.weights])
+    if loading.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if loading.vae_slicing:
+        pipe.vae.enable_slicing()
+    use_attention(loading.attention)
+    policy = policy_class(pipe, call_of(config))
+
+    def encode(prompt: str, guided: bool) -> Conditioning:
+        sides = [
+            {k: torch.randn(1, *shape, dtype=denoiser.dtype) for k, shape in policy.conditioning_shapes.items()}
+            for _ in range(1 + guided)
+        ]
+        return Conditioning(*sides)
+
+    policy.prompts_from(encode)
+    return policy
+
+
+def measure(config: Config, repeats: int, *, random_weights: bool = False) -> dict[str, Any]:
     """All figures of a recipe; times are medians over `repeats`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate_before = matmul_rate(device)
-    parts = load_parts(config, device)
+    precision = config.model.autocast if config.model.autocast != "none" else config.model.weights
+    dtype = DTYPES[precision] or torch.float32
+    rate_before = matmul_rate(device, dtype)
+    parts = load_parts(config, device, untrained_policy(config, device) if random_weights else None)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, parts, Path(folder), Accelerator(cpu=device.type == "cpu"))
         data, sampling, scoring = time_rollouts(trainer, repeats)
         updates = time_updates(trainer, data, repeats)
         flops = flops_per_row(trainer, data)
-    rate = max(rate_before, matmul_rate(device))
+    rate = max(rate_before, matmul_rate(device, dtype))
     images, steps, stochastic = len(data.rows), parts.kernel.num_steps, len(parts.kernel.stochastic_steps)
     rows = int(torch.isfinite(data.delta_phi).all(1).sum()) * stochastic
     rollout_flops = images * (steps * flops["forward"] + stochastic * flops["reference_forward"])
@@ -129,6 +170,7 @@ def measure(config: Config, repeats: int) -> dict[str, Any]:
         "hardware": hardware(),
         "torch": torch.__version__,
         "recipe": config.name,
+        "random_weights": random_weights,
         "objective": config.objective.name,
         "sampler": f"{config.sampler.kernel}, {steps} steps, {stochastic} of them stochastic",
         "precision": {"weights": config.model.weights, "autocast": config.model.autocast},
@@ -169,6 +211,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="glyphs")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--repeats", type=int, default=3, help="timed rollouts and updates, after one of each")
+    parser.add_argument("--random-weights", action="store_true", help="the architecture at full size, untrained")
     parser.add_argument("--threads", type=int, help="torch's threads; all cores if not given")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput.json"))
     arguments = parser.parse_args()
@@ -178,7 +221,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     silence_libraries()
     try:
-        found = rounded(measure(load_config(arguments.recipe, arguments.overrides), arguments.repeats))
+        config = load_config(arguments.recipe, arguments.overrides)
+        found = rounded(measure(config, arguments.repeats, random_weights=arguments.random_weights))
     except UserError as error:
         parser.exit(2, f"throughput: {error}\n")
     text = json.dumps(found, indent=2)

@@ -50,10 +50,10 @@ def one_line(result: tuple[int, list[str], str], *wanted: str) -> str:
         (["glyphs", "optimization.epochs=3"], ["unknown key 'optimization'", "did you mean 'optimisation'"]),
         (["glyphs", "model.lora.rnk=3"], ["unknown key 'model.lora.rnk'", "did you mean 'rank'"]),
         (["glyphs", "optimisation.lr=fast"], ["optimisation.lr='fast'", "valid number"]),
-        (["glyphs", "optimisation.group=1"], ["optimisation.group=1", "greater than or equal to 2"]),
+        (["glyphs", "objective.name=grpo", "optimisation.group=1"], ["group=1 leaves objective 'grpo' nothing"]),
         (["glyphs", "sampler.kernel=euler"], ["sampler.kernel='euler'", "'cps'"]),
-        (["glyphs", "sampler.eta=0"], ["window (1, 4)", "no stochastic step at this eta", "set eta above 0"]),
-        (["glyphs", "sampler.eta=0", "sampler.window=null"], ["no stochastic step", "sampler.eta above 0"]),
+        (["glyphs", "sampler.eta=0"], ["eta=0 has no stochastic step", "sampler.eta above 0"]),
+        (["glyphs", "sampler.kernel=ddim"], ["kernel=ddim does not go with model 'glyphs'", "flow_grpo, dance or cps"]),
         (["glyphs", "optimisation.epochs.x=3"], ["'epochs' is a value"]),
         (["glyphs", "epochs"], ["'epochs' is not of the form key.path=value"]),
         (["glyphs", "objective.name=vmpo_dif"], ["no objective 'vmpo_dif'", "did you mean 'vmpo_diff'"]),
@@ -202,7 +202,7 @@ def test_not_a_run_folder(vmpo: Vmpo, tmp_path: Path) -> None:
 def test_run_without_adapter(vmpo: Vmpo, settings: list[str], tmp_path: Path) -> None:
     import yaml
 
-    from vmpo.training.config import load_config
+    from vmpo.training.recipes import load_config
 
     config = load_config("glyphs", settings).model_dump(mode="json")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

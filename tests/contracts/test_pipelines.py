@@ -170,7 +170,7 @@ def test_slicing_and_attention_kernels_change_no_picture(folders: dict[str, Path
 def test_a_prompt_is_encoded_once_and_the_same_in_any_company(folders: dict[str, Path]) -> None:
     policy, calls = load(folders["sd3-t5"]), list[str]()
     encode = policy._encode
-    policy._texts = TextCache(lambda prompt, guided: calls.append(prompt) or encode(prompt, guided))
+    policy.prompts_from(lambda prompt, guided: calls.append(prompt) or encode(prompt, guided))
     together = policy.encode([*PROMPTS, PROMPTS[0]])
     policy.encode(PROMPTS)
     assert calls == PROMPTS
@@ -221,12 +221,31 @@ def test_an_unknown_pipeline_names_the_file_to_write(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("bits", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
 def test_quantisation_without_its_package_says_what_to_install(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bits: str, package: str
 ) -> None:
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        load(folders["sd1"], quantise="nf4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else find(n, *a))
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        load(folders["sd1"], quantise=bits)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3-t5"])
+def test_a_quantised_base_trains_its_adapter(folders: dict[str, Path], name: str) -> None:
+    pytest.importorskip("torchao")
+    policy, full = load(folders[name], weights="bf16", quantise="int8"), load(folders[name])
+    kinds = {type(m.weight).__name__ for m in policy.denoiser.modules() if isinstance(m, torch.nn.Linear)}
+    assert "Int8Tensor" in kinds
+    add_lora(policy, rank=4, alpha=6, targets=None, seed=5)
+    x_t, time = torch.randn(2, *policy.state_shape), torch.tensor([801, 401])
+    expected = full.predict(x_t, time, full.encode(PROMPTS))
+    output = policy.predict(x_t, time, policy.encode(PROMPTS))
+    assert (output - expected).abs().max() < 0.15 * expected.abs().max()
+    output.square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lora_parameters(policy))
+    perturb(policy)
+    with policy.reference():
+        torch.testing.assert_close(policy.predict(x_t, time, policy.encode(PROMPTS)), output, rtol=0, atol=0)

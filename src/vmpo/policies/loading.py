@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 from vmpo.errors import UserError
@@ -36,7 +39,7 @@ class Loading:
         vae_weights: of the autoencoder; None: as `weights`.
         variant, revision: of the files on the hub.
         t5: whether Stable Diffusion 3 gets its third text encoder.
-        quantise: "none", or "int8" or "nf4" for the frozen denoiser and T5 (bitsandbytes).
+        quantise: "none", or "int8" or "nf4" for the frozen denoiser and T5.
         checkpointing: activations are computed again in the backward pass instead of kept.
         attention: "auto", or one of PyTorch's kernels.
         vae_slicing: pictures are decoded one by one.
@@ -126,7 +129,7 @@ def _load_pipeline(path: str, folder: str, policy_class: type[PipelinePolicy], l
         options["quantization_config"] = quantisation(policy_class, loading)
     try:
         pipe = policy_class.pipeline_class.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model '{path}' could not be loaded: {str(error).splitlines()[0]}") from error
     vae = DTYPES[loading.vae_weights or loading.weights]
     if vae is torch.float16 and policy_class.upcasts_vae and pipe.vae.config.force_upcast:
@@ -146,22 +149,32 @@ def _left_out(folder: str, policy_class: type[PipelinePolicy], loading: Loading)
 
 
 def quantisation(policy_class: type[PipelinePolicy], loading: Loading) -> PipelineQuantizationConfig:
-    """The frozen denoiser, and T5 where it is loaded, in 8 or 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
+    """The frozen denoiser, and T5 where it is loaded, in fewer bits; the adapter beside them is not.
+
+    int8 is torchao's, each weight row with its own scale; nf4 is bitsandbytes' (Dettmers et al. 2023, arXiv
+    2305.14314) and needs a GPU.
 
     Raises:
-        UserError: if bitsandbytes is not installed.
+        UserError: if the package is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"model.quantise={loading.quantise} needs the package bitsandbytes: pip install bitsandbytes")
-    compute = DTYPES[loading.weights]
-    kwargs: dict[str, Any] = {"load_in_8bit": True}
-    if loading.quantise == "nf4":
-        kwargs = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
-    t5 = [n for n in ("text_encoder_3",) if n in policy_class.encoder_names and loading.t5]
+    package = {"int8": "torchao", "nf4": "bitsandbytes"}[loading.quantise]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"model.quantise={loading.quantise} needs the package {package}: pip install {package}")
+    t5 = ["text_encoder_3"] if "text_encoder_3" in policy_class.encoder_names and loading.t5 else []
+    names = [policy_class.denoiser_name, *t5]
+    libraries = [transformers if name in t5 else diffusers for name in names]
+    if loading.quantise == "int8":
+        kind = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(version=2)
+        return PipelineQuantizationConfig(
+            quant_mapping={n: lib.TorchAoConfig(kind) for n, lib in zip(names, libraries, strict=True)}
+        )
+    options = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": DTYPES[loading.weights],
+    }
     return PipelineQuantizationConfig(
-        quant_backend="bitsandbytes_8bit" if loading.quantise == "int8" else "bitsandbytes_4bit",
-        quant_kwargs=kwargs,
-        components_to_quantize=[policy_class.denoiser_name, *t5],
+        quant_mapping={n: lib.BitsAndBytesConfig(**options) for n, lib in zip(names, libraries, strict=True)}
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -97,6 +97,10 @@ class PipelinePolicy(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
+
+    def prompts_from(self, encode: Callable[[str, bool], Conditioning]) -> None:
+        """Takes encoded prompts from somewhere else than the pipeline's text encoders."""
+        self._texts = TextCache(encode)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

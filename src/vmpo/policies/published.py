@@ -33,15 +33,14 @@ def published(name: str) -> dict[str, Any]:
     return found
 
 
-def build_published(name: str, device: torch.device | str = "meta", *, encoders: bool = True) -> DiffusionPipeline:
-    """The pipeline with untrained networks (on the meta device: none at all) and without tokenizers."""
+def build_published(name: str, device: torch.device | str = "meta") -> DiffusionPipeline:
+    """The pipeline with untrained networks, without tokenizers; text encoders are shapes only (the meta device)."""
     model = published(name)
     pipeline_class = getattr(diffusers, model["pipeline"])
     expected, _ = pipeline_class._get_signature_keys(pipeline_class)
     components: dict[str, Any] = dict.fromkeys(name for name in expected if name != "self")
     for part, config in model["components"].items():
-        if encoders or not part.startswith("text_encoder"):
-            components[part] = _build(dict(config), device)
+        components[part] = _build(dict(config), "meta" if part.startswith("text_encoder") else device)
     more = {"requires_safety_checker": False} if model["pipeline"] == "StableDiffusionPipeline" else {}
     return pipeline_class(**components, **more)
 

@@ -33,10 +33,10 @@ class Parts:
     test: PromptSet
 
 
-def load_policy_of(config: Config, device: torch.device | str = "cpu") -> PipelinePolicy:
-    """The pretrained model of a configuration, without adapter."""
+def call_of(config: Config) -> Call:
+    """How a configuration calls its networks."""
     model = config.model
-    call = Call(
+    return Call(
         height=model.height,
         width=model.width,
         guidance=model.guidance,
@@ -44,6 +44,11 @@ def load_policy_of(config: Config, device: torch.device | str = "cpu") -> Pipeli
         autocast=DTYPES[model.autocast],
         offload_encoders=model.offload_encoders,
     )
+
+
+def load_policy_of(config: Config, device: torch.device | str = "cpu") -> PipelinePolicy:
+    """The pretrained model of a configuration, without adapter."""
+    model, call = config.model, call_of(config)
     loading = Loading(**{f.name: getattr(model, f.name) for f in fields(Loading)})
     return load_policy(model.path, call, loading, device)
 
@@ -91,7 +96,14 @@ def load_objective_of(config: Config) -> Objective:
     Raises:
         UserError: if there is no such method, or the parts do not make a sound one.
     """
-    return replace(get_objective(config.objective.name), **config.objective.parts())
+    objective = replace(get_objective(config.objective.name), **config.objective.parts())
+    grouped = objective.centre == "group" or objective.standardise == "group" or config.reward.combine != "sum"
+    if grouped and config.optimisation.group < 2:
+        raise UserError(
+            f"optimisation.group=1 leaves objective '{objective.name}' nothing to compare a picture with; 2 or more is "
+            f"right, or an objective whose centre is learned or the batch's"
+        )
+    return objective
 
 
 def density_scale(objective: Objective, policy: Policy) -> float:
@@ -150,17 +162,21 @@ def check_gradients(objective: Objective, kernel: Kernel, rewards: dict[str, Rew
         )
 
 
-def load_parts(config: Config, device: torch.device | str) -> Parts:
+def load_parts(config: Config, device: torch.device | str, policy: PipelinePolicy | None = None) -> Parts:
     """Loads everything a run needs; cheap checks first.
+
+    Args:
+        policy: the pretrained model, if it is there already.
 
     Raises:
         UserError: if something is missing, or the parts do not fit together.
     """
     objective = load_objective_of(config)
-    check_sampler(config)
+    if policy is None:
+        check_sampler(config)
     rewards = load_rewards_of(config)
     train, test = load_prompts_of(config, rewards)
-    policy = load_policy_of(config, device)
+    policy = policy or load_policy_of(config, device)
     kernel = load_kernel_of(config, policy)
     check_gradients(objective, kernel, {name: rewards[name] for name in config.reward.weights})
     lora = config.model.lora
