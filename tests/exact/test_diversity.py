@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from vmpo.evaluation.diversity import (
+    embedding_variance,
+    embedding_variances,
     mean_pairwise_distance,
+    mean_pairwise_distances,
     total_variance,
     total_variances,
     vendi_score,
+    vendi_scores,
     weighted_total_variance,
     weighted_total_variances,
 )
@@ -37,6 +41,36 @@ def test_total_variance_is_unbiased_even_for_two_pictures() -> None:
     assert abs(estimate.mean - SCALES.square().sum().item()) < 4 * estimate.se
     assert estimate.se < 0.1
     assert estimate.n == 20_000
+
+
+def test_variance_of_embeddings_is_that_of_the_published_evaluation() -> None:
+    x = normal(3, 10, 10) - 4.0
+    for p in range(3):
+        unit = [row / row.square().sum().sqrt() for row in x[p]]
+        squares = sum((a - b).square().sum().item() for a in unit for b in unit)
+        assert embedding_variances(x)[p].item() == pytest.approx(squares / (2 * 10 * 9))
+        cosines = [(unit[i] @ unit[j]).item() for i in range(10) for j in range(10) if i != j]
+        assert embedding_variances(x)[p].item() == pytest.approx(1 - sum(cosines) / len(cosines))
+    torch.testing.assert_close(embedding_variances(x), mean_pairwise_distances(x, "cosine"))
+    scales = torch.rand(3, 10, 1, generator=torch.Generator().manual_seed(11), dtype=torch.float64) + 0.5
+    torch.testing.assert_close(embedding_variances(x * scales), embedding_variances(x))  # lengths do not matter
+    assert embedding_variance(x).mean == pytest.approx(embedding_variances(x).mean().item())
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-6, 0.4, math.pi / 2, math.pi])
+def test_variance_of_two_embeddings_is_one_minus_the_cosine_of_their_angle(angle: float) -> None:
+    x = torch.tensor([[[3.0, 0.0], [0.2 * math.cos(angle), 0.2 * math.sin(angle)]]], dtype=torch.float64)
+    expected = 2 * math.sin(angle / 2) ** 2
+    for found in (embedding_variances(x), mean_pairwise_distances(x, "cosine")):
+        assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-30)
+
+
+def test_variance_of_embeddings_is_that_of_the_population() -> None:
+    # directions uniform on the sphere: the mean embedding is 0 and the total variance 1
+    x = torch.randn(4000, 2, 5, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    estimate = embedding_variance(x)
+    assert abs(estimate.mean - 1) < 4 * estimate.se
+    assert estimate.se < 0.02
 
 
 def test_equal_weights_change_nothing() -> None:
@@ -86,6 +120,41 @@ def test_mean_pairwise_distance() -> None:
     one = normal(4000, 4, 6)[..., 1:2]
     estimate = mean_pairwise_distance(one)
     assert abs(estimate.mean - 2 * 1.5 / math.sqrt(math.pi)) < 4 * estimate.se
+
+
+def test_mean_squared_distance_is_twice_the_total_variance() -> None:
+    x = normal(4, 6, 13)
+    torch.testing.assert_close(mean_pairwise_distances(x, "squared_euclidean"), 2 * total_variances(x))
+
+
+def test_a_failed_picture_leaves_its_prompt_out() -> None:
+    x = normal(3, 4, 14)
+    x[1, 2] = torch.nan
+    measures = (total_variances, embedding_variances, mean_pairwise_distances, vendi_scores)
+    for measure in measures:
+        assert measure(x).isnan().tolist() == [False, True, False]
+    assert vendi_score(x).n == 2
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_vendi_score_of_equal_and_of_orthogonal_pictures(count: int) -> None:
+    equal = torch.tensor([[0.3, -2.0, 5.0]]).expand(1, count, 3)
+    assert vendi_scores(equal).item() == pytest.approx(1.0)
+    assert vendi_scores(3 * torch.eye(count)[None]).item() == pytest.approx(count)
+
+
+def test_vendi_score_of_two_pictures() -> None:
+    # K/2 = ((1, c), (c, 1))/2 has the eigenvalues (1 ± c)/2
+    c = 0.6
+    x = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]], dtype=torch.float64)
+    entropy = -sum(v * math.log(v) for v in ((1 + c) / 2, (1 - c) / 2))
+    assert vendi_scores(x).item() == pytest.approx(math.exp(entropy))
+
+
+def test_vendi_score_is_the_published_one() -> None:
+    # vendi.score_X of vendi-score 0.0.3
+    x = torch.sin(torch.arange(40, dtype=torch.float64).view(2, 5, 4) ** 1.5)
+    assert vendi_scores(x).tolist() == pytest.approx([3.4904266736306653, 3.0825528560530806], rel=1e-10)
 
 
 def test_vendi_score_counts_kinds() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vmpo.evaluation.statistics import Estimate, clustered_mean
+from vmpo.features.extractor import Distance, pairwise_distances
 
 
 def _checked(features: Tensor) -> Tensor:
@@ -32,6 +34,32 @@ def total_variances(features: Tensor) -> Tensor:
 def total_variance(features: Tensor) -> Estimate:
     """`total_variances` averaged over prompts, with its standard error."""
     return clustered_mean(total_variances(features))
+
+
+def embedding_variances(features: Tensor) -> Tensor:
+    """Total variance of each prompt's embeddings scaled to unit length: 'DreamSim variance' with DreamSim's.
+
+        V = 1/(2M(M−1)) Σ_{i,j} |ê_i − ê_j|² = 1 − mean_{i≠j} cos(e_i, e_j),    ê = e/|e|.
+
+    Arguments:
+        features: (P, M, F).
+
+    Returns:
+        (P,) float64, in [0, M/(M−1)].
+
+    Raises:
+        ValueError: if there are fewer than two pictures a prompt.
+
+    References:
+        The evaluation of Domingo-Enrich et al. (2024), arXiv:2409.08861, as their published code for Stable Diffusion
+        computes it (microsoft/soc-fine-tuning-sd): 10 pictures a prompt, averaged over prompts.
+    """
+    return total_variances(normalize(_checked(features), dim=-1))
+
+
+def embedding_variance(features: Tensor) -> Estimate:
+    """`embedding_variances` averaged over prompts, with its standard error."""
+    return clustered_mean(embedding_variances(features))
 
 
 def weighted_total_variances(features: Tensor, log_w: Tensor, correct_bias: bool = True) -> Tensor:
@@ -78,21 +106,54 @@ def weighted_total_variance(features: Tensor, log_w: Tensor, correct_bias: bool 
     return clustered_mean(weighted_total_variances(features, log_w, correct_bias))
 
 
-def mean_pairwise_distance(features: Tensor) -> Estimate:
-    """Mean of |x_i − x_j| over ordered pairs i ≠ j of a prompt, averaged over prompts; unbiased."""
+def mean_pairwise_distances(features: Tensor, distance: Distance = "euclidean") -> Tensor:
+    """Mean distance over ordered pairs i ≠ j of each prompt, unbiased; `features.extractor` defines the distances.
+
+    Arguments:
+        features: (P, M, F).
+        distance: what an extractor states as its own.
+
+    Returns:
+        (P,) float64.
+
+    Raises:
+        ValueError: if there are fewer than two pictures a prompt.
+    """
     x = _checked(features)
     m = x.shape[1]
-    # the exact formula, not the product form: near-equal pictures would lose all their digits
-    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    return clustered_mean(distances.sum(dim=(1, 2)) / (m * (m - 1)))
+    return pairwise_distances(distance, x).sum(dim=(1, 2)) / (m * (m - 1))
+
+
+def mean_pairwise_distance(features: Tensor, distance: Distance = "euclidean") -> Estimate:
+    """`mean_pairwise_distances` averaged over prompts, with its standard error."""
+    return clustered_mean(mean_pairwise_distances(features, distance))
+
+
+def vendi_scores(features: Tensor) -> Tensor:
+    """Effective number of different pictures of each prompt: exp of the entropy of the eigenvalues of K/M.
+
+    K is the matrix of cosine similarities; the score lies between 1 (all alike) and M (all orthogonal). It depends on
+    M, so only scores at the same M compare.
+
+    Arguments:
+        features: (P, M, F).
+
+    Returns:
+        (P,) float64; NaN where a picture's features are.
+
+    Raises:
+        ValueError: if there are fewer than two pictures a prompt.
+
+    References:
+        Friedman and Dieng (2023), arXiv:2210.02410, Eq. 1 with a cosine kernel.
+    """
+    x = normalize(_checked(features), dim=-1)
+    known = x.isfinite().all(dim=(1, 2))
+    x = torch.where(known[:, None, None], x, 0.0)
+    eigenvalues = torch.linalg.eigvalsh(x @ x.mT / x.shape[1]).clamp_min(0)
+    return torch.where(known, torch.special.entr(eigenvalues).sum(dim=-1).exp(), torch.nan)
 
 
 def vendi_score(features: Tensor) -> Estimate:
-    """Effective number of different pictures of a prompt: exp of the entropy of the eigenvalues of K/M.
-
-    K is the matrix of cosine similarities; the score lies between 1 (all alike) and M (all orthogonal). It depends on
-    M, so only scores at the same M compare. Source: Friedman and Dieng (2022), arXiv:2210.02410.
-    """
-    x = torch.nn.functional.normalize(_checked(features), dim=-1)
-    eigenvalues = torch.linalg.eigvalsh(x @ x.mT / x.shape[1]).clamp_min(0)
-    return clustered_mean(torch.special.entr(eigenvalues).sum(dim=-1).exp())
+    """`vendi_scores` averaged over prompts, with its standard error."""
+    return clustered_mean(vendi_scores(features))
