@@ -19,15 +19,17 @@ from vmpo.evaluation.statistics import clustered_mean, paired_difference
 from vmpo.evaluation.truth import measure_truth
 from vmpo.kernels import Kernel
 from vmpo.log_weights import LogWeights
-from vmpo.policies.loading import load_lora
+from vmpo.policies.adapters import load_lora
+from vmpo.policies.loading import EMBEDDED
 from vmpo.policies.policy import Policy
+from vmpo.prompts import PromptSet
 from vmpo.rewards import Reward, combine, score_images
 from vmpo.rewards.ocr import LineRecogniser, OCRAccuracy, recogniser, target_text
 from vmpo.rollouts import rollout
+from vmpo.training.adapters import adapter_beta
 from vmpo.training.checkpoint import write_text
 from vmpo.training.config import Config, validate_config
 from vmpo.training.pictures import save_image
-from vmpo.training.prompts import PromptSet
 from vmpo.training.scoring import decode
 from vmpo.training.setup import (
     density_scale,
@@ -40,6 +42,11 @@ from vmpo.training.setup import (
 
 GALLERY = 24
 Report = Callable[[str, int, int], None]
+
+
+def picture_seed(seed: int, prompt: int, image: int) -> int:
+    """The noise seed of picture `image` (< 1009) of prompt number `prompt`, whatever draws it."""
+    return seed * 1_000_003 + prompt * 1009 + image
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,17 @@ class Evaluation:
         self.folder, self.config, self.report = folder, config, report
         self.rewards: dict[str, Reward] = load_rewards_of(config)
         self.test: PromptSet = load_prompts_of(config, self.rewards)[1]
-        self.kernel: Kernel = load_kernel_of(config)
         self.policy = load_policy_of(config, "cuda" if torch.cuda.is_available() else "cpu")
+        self.kernel: Kernel = load_kernel_of(config, self.policy)
         load_lora(self.policy, folder / "adapter")
-        # of the exact densities
-        self.beta = config.objective.beta * density_scale(load_objective_of(config), self.policy)
+        scale = density_scale(load_objective_of(config), self.policy)  # to that of the exact densities
+        self.beta = adapter_beta(folder / "adapter", config.objective.beta) * scale
 
     def draw(self, rows: list[int], images: int, *, aligned: bool, seed: int) -> Samples:
         """M pictures a prompt; picture m of prompt p starts from the same noise whatever the policy."""
         prompts = self.test.take([r for r in rows for _ in range(images)])
         policy: Policy = self.policy
-        seeds = [seed * 1_000_003 + r * 1009 + m for r in rows for m in range(images)]
+        seeds = [picture_seed(seed, r, m) for r in rows for m in range(images)]
         context: AbstractContextManager[None] = nullcontext() if aligned else self.policy.reference()
         name, total = ("aligned" if aligned else "base"), len(seeds)
         with context:
@@ -156,7 +163,7 @@ def evaluate(folder: Path, report: Report = lambda what, done, total: None) -> d
     found["truth"] = measure_truth(base.reward, run.beta, base.features, aligned.reward, aligned.kl)
     if quiet := _quiet_steps_note(run.kernel):
         found["truth"]["note"] = "; ".join(filter(None, [found["truth"].get("note"), quiet]))
-    if config.model.path == "glyphs":
+    if config.model.path in EMBEDDED:
         found["marginals"] = _marginals(run, deep_samples, deep)
     found["gallery"] = _gallery(run, wide_samples, wide)
     found["settings"] = {
@@ -196,7 +203,7 @@ def _metrics(run: Evaluation, wide: Samples, deep: Samples, rows: list[int], dee
     found["ess"] = clustered_mean(weights.ess).as_dict()
     found["log_z"] = clustered_mean(weights.log_z).as_dict()
     found["var_log_w"] = clustered_mean(log_w.var(1)).as_dict()
-    if run.config.model.path == "glyphs":
+    if run.config.model.path in EMBEDDED:
         found["style_entropy"] = style_entropy(_styles(run, deep, deep_rows), group.tolist()).as_dict()
     return found
 

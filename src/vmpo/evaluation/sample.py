@@ -13,8 +13,8 @@ from vmpo.policies.loading import EMBEDDED, load_policy, policy_class_of
 from vmpo.policies.pipeline import Call, PipelinePolicy
 from vmpo.rollouts import rollout
 from vmpo.training.adapters import adapter_folder
-from vmpo.training.config import load_config
 from vmpo.training.pictures import save_image
+from vmpo.training.recipes import load_config
 from vmpo.training.scoring import decode
 from vmpo.training.setup import load_policy_of
 
