@@ -72,7 +72,7 @@ def tiny_task(name: str) -> Task:
         return Glyphs(glyphs.build_pipeline(build_autoencoder(), seed=2, layers=1, width=32))
     vae = build_autoencoder()
     vae.register_to_config(shift_factor=0.1, scaling_factor=0.7)
-    pipe = glyphs_ddim.build_pipeline(autoencoder_without_shift(vae), seed=2, widths=(16, 32), layers=1)
+    pipe = glyphs_ddim.build_pipeline(autoencoder_without_shift(vae), seed=2, widths=(16, 32, 32))
     return GlyphsDDIM(pipe, teacher=tiny_task("glyphs"))  # type: ignore[arg-type]
 
 
@@ -146,7 +146,7 @@ def test_the_autoencoder_without_shift_is_the_same_one() -> None:
 
 
 def test_the_noise_loss_is_the_weighted_distance_to_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that answers 0 and a teacher that knows the noise: the mean of min(SNR, 5)/SNR·|ε|²/D over the draws."""
+    """A network that answers 0 beside a teacher that knows ε: the mean of min(SNR, 5)/SNR·|ε|²/D over the draws."""
     task, x_0 = tiny_task("glyphs-ddim"), torch.randn((64, 4, 6, 16), generator=torch.Generator().manual_seed(7))
     again = torch.Generator().manual_seed(8)
     t = torch.randint(1000, (64,), generator=again)

@@ -7,7 +7,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +22,27 @@ if TYPE_CHECKING:
     from vmpo.features.preprocessing import Preprocessing
 
 
-@cache  # one network for all who ask for the same
-def load_clip(weights: str, dtype: str = "fp32", device: str | None = None) -> CLIPModel:
-    """A frozen CLIP from a folder in transformers' format or a hub repository.
+_networks: dict[tuple[str, str, str | None], CLIPModel] = {}  # one for all who ask for the same
+
+
+def load_clip(weights: str, dtype: str = "fp32", device: str | None = None, option: str = "weights") -> CLIPModel:
+    """A frozen CLIP from a folder in transformers' format or a hub repository, shared by all who ask for the same.
+
+    Arguments:
+        weights: the folder or repository.
+        dtype: 'fp32', 'bf16' or 'fp16'.
+        device: where it will be placed; None: with the pictures.
+        option: the user's name for `weights`, for what is said when they are not there.
 
     Raises:
         UserError: if there is none, or for an unknown dtype.
     """
     from transformers import CLIPModel
 
-    return load_pretrained(CLIPModel, weights, network_dtype(dtype))
+    key = weights, dtype, device
+    if key not in _networks:
+        _networks[key] = load_pretrained(CLIPModel, weights, network_dtype(dtype), option)
+    return _networks[key]
 
 
 def place(network: nn.Module, images: Tensor, device: str | None) -> torch.device:

@@ -95,7 +95,7 @@ def load_pretrained(cls: type[Module], weights: str, dtype: torch.dtype, option:
     if not Path(weights).is_dir():
         if Path(weights).exists() or weights.count("/") > 1:
             raise UserError(f"no folder '{weights}'; {option} must be a folder with a config.json, or a hub name")
-        hub_file(weights, "config.json", option)  # one plain question to the hub instead of a dozen with retries
+        hub_folder(weights, ["config.json"], option)  # one question to the hub instead of a dozen with retries
     try:
         model, report = cls.from_pretrained(weights, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError) as error:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from vmpo.errors import UserError
+from vmpo.extensions import construct, import_extension, unknown_name
+from vmpo.rewards.aesthetic import Aesthetic
+from vmpo.rewards.clip_score import CLIPScore
+from vmpo.rewards.deqa import DeQA
+from vmpo.rewards.hps import HPSv2
+from vmpo.rewards.image_reward import ImageReward
 from vmpo.rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
+from vmpo.rewards.judge import VLMJudge
 from vmpo.rewards.ocr import OCRAccuracy, OCRLogLikelihood
+from vmpo.rewards.pick_score import PickScore
+from vmpo.rewards.remote import RemoteReward
+from vmpo.rewards.scene_text import SceneTextAccuracy
 from vmpo.rewards.scoring import Reward
+from vmpo.rewards.unified_reward import UnifiedReward
 
 BUILT_IN: dict[str, Callable[..., Reward]] = {
     "ocr": OCRAccuracy,
     "ocr_log_likelihood": OCRLogLikelihood,
+    "ocr_scene": SceneTextAccuracy,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
+    "hpsv2": HPSv2,
+    "pick_score": PickScore,
+    "clip_score": CLIPScore,
+    "aesthetic": Aesthetic,
+    "image_reward": ImageReward,
+    "deqa": DeQA,
+    "remote": RemoteReward,
+    "vlm_judge": VLMJudge,
+    "unified_reward": UnifiedReward,
 }
 
 
@@ -35,58 +52,17 @@ def load_reward(name: str, kwargs: Mapping[str, Any] | None = None) -> Reward:
             (images, prompts, metadata), or an option that does not exist.
     """
     options = dict(kwargs or {})
-    found = _import(name) if ":" in name else _built_in(name)
+    found = import_extension("reward", name) if ":" in name else _built_in(name)
     if inspect.isclass(found):
-        found, options = _construct(name, found, options), {}
+        found, options = construct("reward", name, found, options), {}
     _check_callable(name, found, options)
     return _with_facts(functools.partial(found, **options) if options else found)
 
 
 def _built_in(name: str) -> Any:
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UserError(
-        f"unknown reward '{name}'; {hint}Built in are {', '.join(BUILT_IN)}; give your own as 'module:function'"
-    )
-
-
-def _import(name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
-    if "/" in module_name or module_name.endswith(".py") or not module_name or not attribute:
-        raise UserError(f"reward '{name}' is not of the form 'module:function', e.g. 'my_rewards:brightness'")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # stays there: the module may import its neighbours later
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise UserError(
-                f"reward '{name}': there is no module '{error.name}' in {os.getcwd()} or among the installed packages"
-            ) from error
-        raise UserError(f"reward '{name}': '{module_name}' needs the missing package '{error.name}'") from error
-    except Exception as error:  # whatever the user's module does at import
-        message = " ".join(str(error).split())
-        raise UserError(
-            f"reward '{name}': importing '{module_name}' failed: {type(error).__name__}: {message}"
-        ) from error
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"reward '{name}': module '{module_name}' has no '{attribute}'{hint}") from None
-
-
-def _construct(name: str, cls: type, options: dict[str, Any]) -> Any:
-    try:
-        inspect.signature(cls).bind(**options)
-    except TypeError as error:
-        accepted = ", ".join(inspect.signature(cls).parameters) or "none"
-        raise UserError(f"reward '{name}': {error}; its options are: {accepted}") from error
-    return cls(**options)
+    if name not in BUILT_IN:
+        raise unknown_name("reward", name, BUILT_IN)
+    return BUILT_IN[name]
 
 
 def _check_callable(name: str, reward: Any, options: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def _score(
     except UserError:
         raise
     except Exception as error:  # a scorer may fail in any way; one bad batch must not end a run
-        _log_once(name, f"{type(error).__name__}: {error}", "this batch has no score from it")
+        log_once(name, f"{type(error).__name__}: {error}", "this batch has no score from it")
         return torch.full((len(images),), torch.nan, device=images.device)
     if not isinstance(scores, Tensor) or scores.is_complex():
         kind = f"a {scores.dtype} tensor" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
@@ -94,11 +94,12 @@ def _score(
     scores = scores.to(images.device, scores.dtype if scores.dtype == torch.float64 else torch.float32)
     finite = scores.isfinite()
     if not finite.all():
-        _log_once(name, "non-finite score", "such samples are left out")
+        log_once(name, "non-finite score", "such samples are left out")
     return torch.where(finite, scores, torch.nan)
 
 
-def _log_once(name: str, message: str, consequence: str) -> None:
+def log_once(name: str, message: str, consequence: str) -> None:
+    """Warns of a failure, once for each reward and kind of message."""
     kind = (name, re.sub(r"0x[0-9a-f]+|\d+", "#", message))  # addresses and counts do not make a new kind
     if kind not in _logged:
         _logged.add(kind)
