@@ -13,8 +13,8 @@ from vmpo.objectives import Objective
 from vmpo.objectives.soundness import Predictor
 from vmpo.policies.policy import Conditioning, Policy
 from vmpo.potentials import difference, return_to_go, terminal
+from vmpo.prompts import PromptSet
 from vmpo.rewards import Reward, score_images
-from vmpo.training.prompts import PromptSet
 from vmpo.trajectory import Trajectory
 
 
