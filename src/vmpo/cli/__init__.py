@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from vmpo.cli import compare, evaluate, lists, pretrain, sample, train
+from vmpo.cli import compare, doctor, evaluate, export, lists, pretrain, prompts, sample, serve_reward, train
 from vmpo.cli.app import app, main
 
-__all__ = ["app", "compare", "evaluate", "lists", "main", "pretrain", "sample", "train"]
+__all__ = [
+    "app",
+    "compare",
+    "doctor",
+    "evaluate",
+    "export",
+    "lists",
+    "main",
+    "pretrain",
+    "prompts",
+    "sample",
+    "serve_reward",
+    "train",
+]

@@ -19,10 +19,13 @@ def sample(
     images: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the deterministic sampler.")] = 28,
     base: Annotated[bool, typer.Option(help="Leave the adapter out.")] = False,
+    adapter: Annotated[
+        str | None, typer.Option(help="Which of the run's adapters: 'best' or 'pareto/epoch-NNNNNN'; else 'adapter'.")
+    ] = None,
 ) -> None:
     """Draw pictures with the pipeline's own deterministic sampler."""
     begin()
     from vmpo.evaluation.sample import sample as draw
 
-    for path in draw(source, prompt, out, seed=seed, images=images, steps=steps, base=base):
+    for path in draw(source, prompt, out, seed=seed, images=images, steps=steps, base=base, adapter=adapter):
         console.print(str(path), soft_wrap=True)

@@ -25,7 +25,7 @@ def train(
 ) -> None:
     """Train an adapter by a recipe."""
     begin()
-    from vmpo.training.config import load_config
+    from vmpo.training.recipes import load_config
     from vmpo.training.run import train as run_training
 
     words = list(arguments or [])

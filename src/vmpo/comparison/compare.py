@@ -15,7 +15,7 @@ from vmpo.comparison.grid import plan, run_grid
 from vmpo.comparison.recipes import run_recipe
 from vmpo.errors import UserError
 from vmpo.exact import WORLDS
-from vmpo.training.config import recipe_names
+from vmpo.training.recipes import recipe_names
 
 
 def compare(

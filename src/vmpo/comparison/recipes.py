@@ -17,8 +17,8 @@ from vmpo.comparison.variant import parse_variant
 from vmpo.errors import UserError
 from vmpo.objectives import OBJECTIVES
 from vmpo.training.checkpoint import write_text
-from vmpo.training.config import load_config
 from vmpo.training.provenance import hardware
+from vmpo.training.recipes import load_config
 
 COLUMNS = {
     "reward": "reward",

@@ -103,10 +103,16 @@ def _style(theme: Theme) -> dict[str, Any]:
 
 
 def draw_themed(draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> Picture:
+    """A figure of one plot, `size` in inches."""
+    return draw_figure(lambda figure, theme: draw(figure.add_subplot(), theme), size)
+
+
+def draw_figure(draw: Callable[[Figure, Theme], None], size: tuple[float, float]) -> Picture:
+    """A figure of any number of plots, `size` in inches."""
     with matplotlib.rc_context(_style(LIGHT)):  # type: ignore[arg-type,unused-ignore]
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure.add_subplot(), LIGHT)
+        draw(figure, LIGHT)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     light = buffer.getvalue().decode("utf-8")

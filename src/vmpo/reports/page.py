@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vmpo.errors import UserError
-from vmpo.reports import curves_section, frontier_section
+from vmpo.reports import curves_section, frontier_section, panel_section
 from vmpo.reports.gallery import gallery, letters
 from vmpo.reports.run_record import RunRecord, finite, read_run, section
 from vmpo.reports.style import CSS
@@ -182,6 +182,7 @@ def render_page(record: RunRecord) -> str:
             gallery(record),
             _table(record),
             frontier_section.frontier_section(record),
+            panel_section.panel_section(record),
             curves_section.training_section(record),
             frontier_section.marginals_section(record),
             _origin(record),

@@ -24,6 +24,7 @@ class RunRecord:
     evaluation: dict[str, Any]
     provenance: dict[str, Any]
     samples: list[Path]
+    front: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -41,9 +42,9 @@ def section(mapping: object, *keys: str) -> dict[str, Any]:
     return dict(mapping) if isinstance(mapping, Mapping) else {}
 
 
-def _mapping(path: Path, missing: str, notes: list[str]) -> dict[str, Any]:
+def _mapping(path: Path, missing: str | None, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        notes.append(missing)
+        notes.extend([missing] if missing else [])
         return {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -105,4 +106,5 @@ def read_run(folder: Path) -> RunRecord:
     provenance = _mapping(folder / "provenance.json", "No provenance.json: versions and hardware are unknown.", notes)
     pictures = folder / "samples"
     samples = sorted(pictures.rglob("*.png")) if pictures.is_dir() else []
-    return RunRecord(folder, config, metrics, evaluation, provenance, samples, notes)
+    front = _mapping(folder / "pareto" / "front.json", None, notes)
+    return RunRecord(folder, config, metrics, evaluation, provenance, samples, front, notes)

@@ -1,28 +1,24 @@
-"""Settings of a run: validated, with defaults, read from a recipe and `key.path=value` overrides."""
+"""Settings of a run: validated, with defaults."""
 
 from __future__ import annotations
 
 import difflib
-from contextlib import suppress
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmpo.errors import UserError
 from vmpo.objectives.levels import Level
 from vmpo.objectives.soundness import Anchor, Centre, Importance, LogProb, Potential, Predictor, Standardise
 
-RECIPES = resources.files("vmpo").joinpath("recipes")
 
+class Section(BaseModel):
+    """Part of the settings; unknown keys are errors."""
 
-class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LoRA(_Section):
+class LoRA(Section):
     """The adapter that is trained (Hu et al. 2022, arXiv 2106.09685)."""
 
     rank: int = Field(32, ge=1)
@@ -30,7 +26,7 @@ class LoRA(_Section):
     targets: list[str] | None = Field(None, description="module names; None: the model's own attention projections")
 
 
-class Model(_Section):
+class Model(Section):
     """Which pipeline is aligned and how its network is called."""
 
     path: str = Field("glyphs", description="'glyphs' or 'glyphs-ddim' (embedded), a local folder or a hub name")
@@ -46,7 +42,9 @@ class Model(_Section):
     weights: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the frozen networks; the adapter is fp32")
     vae_weights: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="None: as weights")
     autocast: Literal["none", "bf16", "fp16"] = "none"
-    quantise: Literal["none", "int8", "nf4"] = Field("none", description="the frozen denoiser, by bitsandbytes")
+    quantise: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bits of the frozen denoiser and T5: int8 by torchao, nf4 by bitsandbytes"
+    )
     checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory")
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     vae_slicing: bool = Field(False, description="decode pictures one by one: less memory")
@@ -54,7 +52,7 @@ class Model(_Section):
     lora: LoRA = LoRA()
 
 
-class Sampler(_Section):
+class Sampler(Section):
     """The kernel p(x_{t-1} | x_t) and its schedule."""
 
     kernel: Literal["ddim", "flow_grpo", "dance", "cps"] = "flow_grpo"
@@ -65,14 +63,14 @@ class Sampler(_Section):
     window: tuple[int, int] | None = Field(None, description="(first, size) of the stochastic steps; None: all")
 
 
-class Prompts(_Section):
+class Prompts(Section):
     """Prompt sets by name ('vmpo prompts' lists them), files (.txt, .jsonl, .json), or unions 'a+b' of such."""
 
     train: str = "glyphs/train"
     test: str = "glyphs/test"
 
 
-class Reward(_Section):
+class Reward(Section):
     """Rewards by name or 'module:function', with their weights and options."""
 
     weights: dict[str, float] = Field({"ocr": 1.0}, min_length=1)
@@ -93,7 +91,7 @@ class Reward(_Section):
             if name not in names:
                 raise UserError(
                     f"reward.options: '{name}' is neither in reward.weights nor in reward.held_out"
-                    f"{_nearest(name, names)}"
+                    f"{nearest(name, names)}"
                 )
         found = {}
         for name in names:
@@ -105,7 +103,7 @@ class Reward(_Section):
         return found
 
 
-class Objective(_Section):
+class Objective(Section):
     """What is minimised, at which temperature. Parts that are None are the method's own (docs/objectives.md)."""
 
     name: str = "vmpo_diff"
@@ -150,12 +148,12 @@ class Objective(_Section):
         return {part: value for part, value in own.items() if value is not None}
 
 
-class Optimisation(_Section):
+class Optimisation(Section):
     """Samples and updates; per-device sizes follow from these."""
 
     epochs: int = Field(100, ge=1)
     prompts: int = Field(8, ge=1, description="distinct prompts an epoch")
-    group: int = Field(16, ge=2, description="pictures a prompt")
+    group: int = Field(16, ge=1, description="pictures a prompt; 1 where nothing is compared within a prompt")
     updates: int = Field(1, ge=1, description="optimiser steps a rollout, each on its own share of the prompts")
     lr: float = Field(3e-4, gt=0)
     lr_centre: float | None = Field(None, description="learning rate of what is learned beside the policy; None: lr")
@@ -170,7 +168,7 @@ class Optimisation(_Section):
     )
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Held-out measurements."""
 
     every: int = Field(10, ge=0, description="epochs between evaluations during training; 0 is never")
@@ -204,7 +202,7 @@ class Evaluation(_Section):
     seed: int = 1234
 
 
-class Config(_Section):
+class Config(Section):
     """A run."""
 
     name: str = "run"
@@ -223,72 +221,6 @@ class Config(_Section):
     )
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """A shipped recipe by name, or a YAML file by path.
-
-    Raises:
-        UserError: if there is no such recipe or file, or it is no YAML mapping.
-    """
-    if name in recipe_names():
-        text = RECIPES.joinpath(f"{name}.yaml").read_text()
-    elif name.endswith((".yaml", ".yml")):
-        try:
-            text = Path(name).read_text()
-        except OSError as error:
-            raise UserError(f"recipe file '{name}' cannot be read: {error.strerror}") from error
-    else:
-        raise UserError(f"no recipe '{name}'{_nearest(name, recipe_names())} 'vmpo recipes' lists them")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe '{name}' is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"recipe '{name}' holds no settings; it must be a mapping of sections")
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets `key.path=value` in nested settings; the value is read as YAML.
-
-    Raises:
-        UserError: if there is no '=' or the path leads through a value.
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"override '{override}' is not of the form key.path=value")
-    *parents, last = path.split(".")
-    node = values
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is no valid YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-        with suppress(ValueError):
-            value = float(value)
-    node[last] = value
-
-
-def load_config(recipe: str, overrides: list[str]) -> Config:
-    """Reads a recipe, applies overrides and validates the whole.
-
-    Raises:
-        UserError: naming the key, the value and what would be right.
-    """
-    values = read_recipe(recipe)
-    for override in overrides:
-        apply_override(values, override)
-    return validate_config(values, where=f"recipe '{recipe}'")
-
-
 def validate_config(values: dict[str, Any], where: str) -> Config:
     """Validates nested settings.
 
@@ -302,7 +234,7 @@ def validate_config(values: dict[str, Any], where: str) -> Config:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _keys_at(problem["loc"][:-1])
-            raise UserError(f"{where}: unknown key '{key}'{_nearest(str(problem['loc'][-1]), known)}") from error
+            raise UserError(f"{where}: unknown key '{key}'{nearest(str(problem['loc'][-1]), known)}") from error
         raise UserError(f"{where}: {key}={problem['input']!r}: {problem['msg'].lower()}") from error
 
 
@@ -313,6 +245,7 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a message about a name that is not known."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}."

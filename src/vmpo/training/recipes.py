@@ -49,18 +49,25 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_file(name: str) -> dict[str, Any]:
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe, or of a file by path, as it is written.
+
+    Raises:
+        UserError: if there is none.
+    """
     if name in recipe_names():
-        text = RECIPES.joinpath(f"{name}.yaml").read_text()
-    elif name.endswith((".yaml", ".yml")):
+        return RECIPES.joinpath(f"{name}.yaml").read_text()
+    if name.endswith((".yaml", ".yml")):
         try:
-            text = Path(name).read_text()
+            return Path(name).read_text()
         except OSError as error:
             raise UserError(f"recipe file '{name}' cannot be read: {error.strerror}") from error
-    else:
-        raise UserError(f"no recipe '{name}'{nearest(name, recipe_names())} 'vmpo recipes' lists them")
+    raise UserError(f"no recipe '{name}'{nearest(name, recipe_names())} 'vmpo recipes' lists them")
+
+
+def _read_file(name: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(recipe_text(name))
     except yaml.YAMLError as error:
         raise UserError(f"recipe '{name}' is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

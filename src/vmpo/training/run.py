@@ -14,7 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vmpo.errors import UserError
 from vmpo.training.config import Config
+from vmpo.training.memory import memory_line, with_micro_batch
 from vmpo.training.setup import load_parts
+from vmpo.training.stopping import check_stopping
 from vmpo.training.trainer import Metrics, Trainer
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -41,8 +43,13 @@ def train(config: Config, folder: Path, *, resume: bool, console: Console) -> Tr
     Raises:
         UserError: for anything the user can mend.
     """
+    check_stopping(config)
     accelerator = build_accelerator(config, folder)
     parts = load_parts(config, accelerator.device)
+    begun = folder / "config.yaml"
+    config = with_micro_batch(config, parts.policy, begun.read_text() if begun.is_file() else None, accelerator)
+    if accelerator.is_main_process:
+        console.print(memory_line(config, parts.policy, accelerator), soft_wrap=True)
     trainer = Trainer(config, parts, folder, accelerator)
     try:
         _run(trainer, accelerator, console, resume)
@@ -72,6 +79,8 @@ def _run(trainer: Trainer, accelerator: Accelerator, console: Console, resume: b
     with bar:
         task = bar.add_task(config.name, total=config.optimisation.epochs, completed=trainer.epoch, facts="")
         _loop(trainer, accelerator, console, bar, task, quiet)
+    if not quiet and trainer.epoch < config.optimisation.epochs:
+        console.print(f"stopped after epoch {trainer.epoch}: {trainer.stop_reason()}", soft_wrap=True)
     if accelerator.log_with:
         accelerator.end_training()
 
@@ -88,6 +97,8 @@ def _loop(trainer: Trainer, accelerator: Accelerator, console: Console, bar: Pro
         metrics = trainer.run_epoch()
         if every and (trainer.epoch % every == 0 or trainer.finished()):
             metrics |= trainer.measure()
+        if trainer.epoch < config.optimisation.epochs and (reason := trainer.stop_reason()):
+            metrics["stopped"] = reason
         trainer.record(metrics)
         if accelerator.log_with:
             accelerator.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=trainer.epoch)
@@ -123,6 +134,8 @@ def _line(metrics: Metrics) -> str:
         parts.append(f"failed {metrics['failed_rewards']:.1%}")
     if "eval_reward_mean" in metrics:
         parts.append(f"| held out {metrics['eval_reward_mean']:.3f} ± {metrics['eval_reward_se']:.3f}")
+    if "eval_gap_rewards" in metrics:
+        parts.append(f"gap {metrics['eval_gap_rewards']:+.2f} ± {metrics['eval_gap_rewards_se']:.2f} sd")
     return "  ".join(parts)
 
 

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import json
-import random
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
-from vmpo.errors import UserError
 from vmpo.log_weights import LogWeights
-from vmpo.policies.loading import lora_parameters, save_lora
+from vmpo.policies.adapters import lora_parameters, save_lora
 from vmpo.policies.policy import Conditioning
 from vmpo.potentials import terminal
+from vmpo.prompts import PromptSet
 from vmpo.rewards import combine
 from vmpo.rollouts import reference_rows, rollout
+from vmpo.training.adaptive_beta import BetaController, check_target_kl, retempered
 from vmpo.training.averaging import Average, set_values
-from vmpo.training.checkpoint import checkpoints, load_checkpoint, replace_folder, save_checkpoint, write_text
+from vmpo.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    random_states,
+    replace_folder,
+    save_checkpoint,
+    set_random_states,
+    write_text,
+)
 from vmpo.training.checks import check_adapter, check_ratio, check_rewards_vary, check_some_reward
 from vmpo.training.config import Config
-from vmpo.training.held_out import measure_held_out
-from vmpo.training.pictures import save_grid
+from vmpo.training.epoch_prompts import epoch_prompts
+from vmpo.training.monitor import Monitor
 from vmpo.training.processes import gather_rows, share, slowest
-from vmpo.training.prompts import PromptSet, epoch_prompts
-from vmpo.training.provenance import provenance
 from vmpo.training.rollout import Rollout, log_anchor
+from vmpo.training.run_folder import open_run_folder
 from vmpo.training.scoring import evaluated_steps, intermediate_values, potentials, score_states, value_gradients
 from vmpo.training.setup import Parts, density_scale, learned_terms
 from vmpo.training.update import Penalties, Updater
@@ -48,12 +55,21 @@ class Trainer:
         self.config, self.parts, self.folder, self.accelerator = config, parts, folder, accelerator
         self.epoch, self.seconds, self.log = 0, 0.0, list[Metrics]()
         self.lock = FileLock(folder / ".lock", timeout=0)
-        self.best: tuple[float, int, list[Tensor]] | None = None
+        self.beta, self.controller = config.objective.beta, self._build_controller()
+        self.monitor = Monitor(config, parts, folder, accelerator)
+        self.failures = Counter[str]()  # scores an epoch that a reward did not give, of x_0 and of predicted states
         adapter = lora_parameters(parts.policy)
         self.average = Average(adapter, config.optimisation.ema)
         self.terms = learned_terms(parts, config.seed)
         self.replayed = list[Rollout]()
         self.updater = self._build_updater(adapter)
+
+    def _build_controller(self) -> BetaController:
+        settings = self.config.objective
+        if settings.target_kl is not None:
+            check_target_kl(self.parts.objective)
+        low, high = (settings.beta * factor for factor in settings.beta_range)
+        return BetaController(settings.target_kl, settings.kl_gain, low, high)
 
     def _build_updater(self, adapter: list[torch.nn.Parameter]) -> Updater:
         settings, objective = self.config.optimisation, self.parts.objective
@@ -82,6 +98,8 @@ class Trainer:
         config, parts, settings = self.config, self.parts, self.config.optimisation
         total = settings.prompts * settings.group
         mine, group = share(total, self.accelerator), torch.arange(total) // settings.group
+        # one picture a prompt leaves the batch to compare with
+        compared = group if settings.group > 1 else torch.zeros_like(group)
         chosen = epoch_prompts(len(parts.train), settings.prompts, epoch, config.seed)
         prompt = torch.tensor([chosen[g] for g in group.tolist()])
         local = parts.train.take(prompt[mine].tolist())
@@ -100,14 +118,17 @@ class Trainer:
             progress=progress,
         )
         rolled = time.perf_counter()
+        self.failures.clear()
         reward = self._total_reward(drawn.x_0, local, mine, group)
         check_some_reward(reward)
         if epoch == 0:
-            check_rewards_vary(reward, group)
+            check_rewards_vary(reward, compared)
         values = {s: self._total_reward(state, local, mine, group) for s, state in drawn.x0_hat.items()}
         data = self._rollout(drawn, conditioning, local, mine, group, prompt, reward, values)
         times = {"time_rollout": rolled - began, "time_rewards": time.perf_counter() - rolled}
-        return data, {**reward_metrics(reward, group), **self._weight_metrics(drawn, mine, group, reward), **times}
+        failures = {f"failures_{name}": self.failures[name] for name in config.reward.weights}
+        weights = self._weight_metrics(drawn, mine, compared, reward)
+        return data, {**reward_metrics(reward, compared), **failures, **weights, **times}
 
     def _rollout(
         self,
@@ -121,7 +142,7 @@ class Trainer:
         values: dict[int, Tensor],
     ) -> Rollout:
         objective, kernel = self.parts.objective, self.parts.kernel
-        scale, beta, steps = self.updater.density_scale, self.config.objective.beta, len(kernel.stochastic_steps)
+        scale, beta, steps = self.updater.density_scale, self.beta, len(kernel.stochastic_steps)
         anchor = log_anchor(objective, kernel, drawn, drawn.log_p_old, drawn.log_p_ref)
         log_p_old, log_p_anchor = (
             scale * gather_rows(rows.cpu(), mine, len(group), self.accelerator) for rows in (drawn.log_p_old, anchor)
@@ -153,7 +174,7 @@ class Trainer:
             gather_rows(rows.cpu(), mine, len(group), self.accelerator)
             for rows in (drawn.log_p_ref.double() - drawn.log_p_old.double(), drawn.kl_ref)
         )
-        tilt = terminal(reward.double(), log_ratio.shape[1], self.updater.density_scale * self.config.objective.beta)
+        tilt = terminal(reward.double(), log_ratio.shape[1], self.updater.density_scale * self.beta)
         return {**LogWeights(log_ratio + tilt, group).summary(), "kl_ref": kl_ref.sum(1).mean().item()}
 
     def _total_reward(self, states: Tensor, local: PromptSet, mine: list[int], group: Tensor) -> Tensor:
@@ -162,12 +183,15 @@ class Trainer:
         trained = {name: self.parts.rewards[name] for name in settings.weights}
         scores = score_states(self.parts.policy, trained, states, local, self.config.optimisation.micro_batch)
         gathered = {n: gather_rows(v, mine, len(group), self.accelerator) for n, v in scores.items()}
+        for name, score in gathered.items():
+            self.failures[name] += int(score.isnan().sum())
         return combine(gathered, settings.weights, group, settings.combine)
 
     def run_epoch(self, progress: Callable[[int], None] | None = None) -> Metrics:
         """One rollout and its updates; moves the state on by an epoch."""
         began = time.perf_counter()
         settings = self.config.optimisation
+        self._move_beta()
         data, metrics = self.draw(self.epoch, progress)
         if self.epoch == 0:
             metrics["step0_log_ratio"] = check_ratio(self.updater, data)
@@ -177,13 +201,19 @@ class Trainer:
         updating = time.perf_counter()
         taken = self._update(data)
         if self.epoch == 0:
-            check_adapter(self.parts.policy, self.updater, data, taken[0]["grad_norm"])
+            check_adapter(self.parts.policy, self.updater, data, max(t["grad_norm"] for t in taken))
         metrics |= {key: sum(t[key] for t in taken) / len(taken) for key in taken[0]}
         metrics["time_update"] = time.perf_counter() - updating
         self.epoch += 1
         self.seconds += slowest(time.perf_counter() - began, self.accelerator)
         counts = {"epoch": self.epoch, "samples": self.epoch * settings.prompts * settings.group}
-        return {**counts, "seconds": self.seconds, **metrics}
+        return {**counts, "seconds": self.seconds, "beta": self.beta, **metrics}
+
+    def _move_beta(self) -> None:
+        """Sets beta by the last rollout's KL; what is kept of earlier rollouts follows."""
+        before = self.beta
+        self.beta = self.controller.next(before, self.log[-1].get("kl_ref", math.nan) if self.log else math.nan)
+        self.replayed = [retempered(data, self.beta / before) for data in self.replayed]
 
     def _update(self, data: Rollout) -> list[dict[str, float]]:
         """The epoch's optimiser steps: on shares of the rollout, as often as it is reused, then on earlier ones."""
@@ -210,34 +240,19 @@ class Trainer:
     # --- measurements ---------------------------------------------------------------------------------------------
 
     def measure(self) -> Metrics:
-        """Held-out reward and KL of the averaged adapter; keeps the best one when patience is asked for."""
-        config, parts = self.config, self.parts
-        rows = list(range(min(config.evaluation.prompts, len(parts.test))))
-        with self.average.applied():
-            found = measure_held_out(
-                parts.policy,
-                parts.kernel,
-                parts.rewards,
-                config.reward.weights,
-                parts.test.take(rows),
-                self.accelerator,
-                seed=config.evaluation.seed,
-                batch=config.optimisation.micro_batch,
-            )
-        metrics = found.metrics()
-        reward = metrics["eval_reward_mean"]
-        if config.evaluation.patience and (self.best is None or reward > self.best[0]):
-            self.best = (reward, self.epoch, [v.clone() for v in self.average.values])
-        if self.accelerator.is_main_process:
-            save_grid(found.images, self.folder / "samples" / f"epoch-{self.epoch:06d}.png", columns=8)
-        return metrics
+        """Figures of the averaged adapter on held-out prompts; what is best of it is kept."""
+        return self.monitor.measure(self.epoch, self.beta, self.average)
 
-    def out_of_patience(self) -> bool:
-        """True when the last `patience` evaluations brought no better held-out reward."""
-        evaluation = self.config.evaluation
-        if not evaluation.patience or self.best is None:
-            return False
-        return self.epoch - self.best[1] >= evaluation.patience * evaluation.every
+    def stop_reason(self) -> str | None:
+        """Why the run ends before its last epoch, or None."""
+        limit = self.config.max_minutes
+        if limit is not None and self.seconds >= 60 * limit:
+            return f"max_minutes={limit:g} are over"
+        return self.monitor.stopping.reason(self.epoch)
+
+    def finished(self) -> bool:
+        """Whether the run has reached its last epoch, or a reason to stop."""
+        return self.epoch >= self.config.optimisation.epochs or self.stop_reason() is not None
 
     # --- disk -----------------------------------------------------------------------------------------------------
 
@@ -247,45 +262,7 @@ class Trainer:
         Raises:
             UserError: if the folder holds another run, or cannot be written.
         """
-        main = self.accelerator.is_main_process
-        if main:
-            self._lock()
-        self.accelerator.wait_for_everyone()
-        used = (self.folder / "config.yaml").exists()
-        if used and not resume:
-            raise UserError(f"run folder '{self.folder}' is already in use; pass --resume to go on, or another --run")
-        if used:
-            written = yaml.safe_load((self.folder / "config.yaml").read_text())
-            if written != self.config.model_dump(mode="json"):
-                raise UserError(
-                    f"run folder '{self.folder}' was begun with other settings; resume it with those it was begun with "
-                    f"(its config.yaml holds them)"
-                )
-        self.accelerator.wait_for_everyone()
-        if main:
-            try:
-                for name in ("checkpoints", "samples"):
-                    (self.folder / name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"run folder '{self.folder}' cannot be made: {error.strerror}") from error
-            if not used:
-                facts = provenance(self.config.seed, self.accelerator.num_processes)
-                write_text(self.folder / "provenance.json", json.dumps(facts, indent=2))
-                write_text(
-                    self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-                )
-        self.accelerator.wait_for_everyone()
-        return used and self.restore()
-
-    def _lock(self) -> None:
-        """Keeps other living processes out of the folder; the system lets go of the lock when the process ends."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire()
-        except Timeout as error:
-            raise UserError(f"run folder '{self.folder}' is in use by a process that is still running") from error
-        except OSError as error:
-            raise UserError(f"run folder '{self.folder}' cannot be made: {error.strerror}") from error
+        return open_run_folder(self.folder, self.lock, self.config, self.accelerator, resume) and self.restore()
 
     def record(self, metrics: Metrics) -> None:
         """Appends an epoch to the run record."""
@@ -294,13 +271,20 @@ class Trainer:
             write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def save_adapter(self) -> None:
-        """Writes the adapter to deploy: the best where patience is asked for, else the averaged one."""
+        """Writes the adapter to deploy: the best where the run may stop early, else the averaged one."""
         if not self.accelerator.is_main_process:
             return
+        best = self.monitor.best
+        facts = {"epoch": best.epoch, "beta": best.beta} if best else {"epoch": self.epoch, "beta": self.beta}
+
+        def fill(folder: Path) -> None:
+            save_lora(self.parts.policy, folder)
+            (folder / "point.json").write_text(json.dumps(facts) + "\n")
+
         with self.average.applied():
-            if self.best is not None:
-                set_values(self.average.parameters, self.best[2])
-            replace_folder(lambda folder: save_lora(self.parts.policy, folder), self.folder / "adapter")
+            if best is not None:
+                set_values(self.average.parameters, best.weights)
+            replace_folder(fill, self.folder / "adapter")
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -315,15 +299,12 @@ class Trainer:
             "terms": self.terms.state(),
             "replayed": self.replayed,
             "optimizer": self.updater.optimizer.state_dict(),
-            "best": self.best,
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "numpy": np.random.get_state(),
-                "python": random.getstate(),
-            },
+            "beta": self.beta,
+            "monitor": self.monitor.state(),
+            "rng": random_states(),
         }
         save_checkpoint(self.folder / "checkpoints", self.epoch, state, self.log)
+        self.monitor.front.tidy()  # not before: an earlier checkpoint may still need what goes
 
     def restore(self) -> bool:
         """Takes up the newest checkpoint, if there is one."""
@@ -331,25 +312,18 @@ class Trainer:
         if found is None:
             return False
         state, self.log = found
-        self.epoch, self.seconds, self.best = state["epoch"], state["seconds"], state["best"]
+        self.epoch, self.seconds, self.beta = state["epoch"], state["seconds"], state["beta"]
+        self.monitor.load(state["monitor"])
         set_values(self.average.parameters, state["adapter"])
         set_values(self.average.values, state["average"])  # type: ignore[arg-type]
         self.average.updates = state["average_updates"]
         self.terms.load(state["terms"])
         self.replayed = state["replayed"]
         self.updater.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        np.random.set_state(state["rng"]["numpy"])
-        random.setstate(state["rng"]["python"])
+        set_random_states(state["rng"])
+        if self.accelerator.is_main_process:
+            self.monitor.front.tidy()
         return True
-
-    def finished(self) -> bool:
-        """Whether the run has reached its last epoch, its time, or the end of its patience."""
-        limit = self.config.max_minutes
-        out_of_time = limit is not None and self.seconds >= 60 * limit
-        return self.epoch >= self.config.optimisation.epochs or out_of_time or self.out_of_patience()
 
     def checkpointed(self) -> bool:
         """Whether the newest checkpoint is of the present epoch."""

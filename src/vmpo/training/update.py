@@ -76,12 +76,12 @@ class Updater:
 
     def step(self, rollout: Rollout, groups: Tensor, *, on_policy: bool) -> dict[str, float]:
         """One optimiser step on whole groups: the gradient of `accumulate`, clipped and taken."""
-        totals = self.accumulate(rollout, groups, on_policy=on_policy)
+        loss, kl_old, ratio, clipped, count = self.accumulate(rollout, groups, on_policy=on_policy).tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-        self.optimizer.step()
+        if count:  # a share whose rewards all failed takes no step, not even the optimiser's momentum
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        loss, kl_old, ratio, clipped, count = totals.tolist()
-        count = max(count, 1.0)
+        ratio, count = (ratio, count) if count else (1.0, 1.0)
         return {
             "loss": loss,
             "kl_old": kl_old / count * len(self.steps),
@@ -120,7 +120,8 @@ class Updater:
         index = torch.tensor(rollout.rows, dtype=torch.long)
         keep = terms.mask[index[sample], s]
         sample, s = sample[keep], s[keep]
-        for rows in torch.arange(len(sample)).split(self.micro_batch):
+        for first in range(0, len(sample), self.micro_batch):  # Tensor.split would give one empty part of no rows
+            rows = slice(first, first + self.micro_batch)
             totals += self._backward(rollout, terms, sample[rows], s[rows], index[sample[rows]])
         return totals
 
