@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+from rich.markup import escape
 from rich.table import Table
 
 from vmpo.cli.app import app, console
+from vmpo.errors import UserError
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that ship with vmpo."""
-    from vmpo.training.config import read_recipe, recipe_names, validate_config
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show the settings of one, with the source of each.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Also the settings it leaves at their defaults.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+) -> None:
+    """List the recipes that ship with vmpo, or the settings of one."""
+    if name is not None:
+        _settings(name, every, markdown)
+    elif every or markdown:
+        raise UserError("--all and --markdown are for the settings of one recipe; name it: vmpo recipes NAME")
+    else:
+        _list()
 
-    table = Table("recipe", "model", "objective", "reward", "sampler", box=None)
 
+def _settings(name: str, every: bool, markdown: bool) -> None:
+    from vmpo.training.recipe_sources import markdown_table, recipe_settings
+
+    settings = recipe_settings(name, defaults=every)
+    if markdown:
+        console.print(markdown_table(settings), soft_wrap=True, markup=False, end="")
+        return
+    table = Table("setting", "value", "source", box=None)
+    table.columns[0].no_wrap = True
+    table.columns[1].overflow = "fold"  # a shortened path is of no use
+    for setting in settings:
+        table.add_row(setting.key, escape(setting.text), escape(setting.source))
+    console.print(table)
+
+
+def _list() -> None:
+    from vmpo.training.recipes import load_config, recipe_names
+
+    table = Table("recipe", "model", "objective", "reward", box=None)
+    table.columns[0].no_wrap = True
     for name in recipe_names():
-        config = validate_config(read_recipe(name), where=name)
+        config = load_config(name, [])
         table.add_row(
             name,
-            config.model.path,
-            f"{config.objective.name}, beta {config.objective.beta:g}",
+            config.model.path.rpartition("/")[2],
+            f"{config.objective.name}, β {config.objective.beta:g}",
             ", ".join(config.reward.weights),
-            f"{config.sampler.kernel}, {config.sampler.steps} steps",
         )
     console.print(table)
 
