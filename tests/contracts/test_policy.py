@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vmpo.policies.adapters import add_lora, lora_parameters
 from vmpo.policies.loading import load_policy
-from vmpo.policies.policy import Conditioning
 from vmpo.policies.pipeline import Call, PipelinePolicy
+from vmpo.policies.policy import Conditioning
 from vmpo.rollouts import noise_for
 
 PROMPTS = ['a sign that says "ACTOR"', 'a label that reads "AIR"', 'a sign that says "ACTOR"']

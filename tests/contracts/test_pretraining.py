@@ -190,3 +190,26 @@ def test_pretraining_the_second_pipeline_ends_in_one_that_draws(tmp_path: Path) 
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe('a sign that says "AIR"', height=24, width=64, num_inference_steps=2, output_type="pt").images
     assert drawn.shape == (1, 3, 24, 64)
+
+
+@pytest.mark.parametrize("name", ["glyphs", "glyphs-ddim"])
+def test_a_network_whose_compiled_form_loses_gradients_is_not_compiled(name: str) -> None:
+    trainer, log = tiny_trainer(name), list[str]()
+    pool = Pool(torch.randn((8, 4, 6, 16)).half(), trainer.empty.repeat(8, 1))
+
+    def sound(*args: object, **kwargs: object) -> object:
+        return trainer.task.network(*args, **kwargs)
+
+    def broken(*args: object, **kwargs: object) -> object:
+        return tuple(output.detach() + 0 * p.sum() for output, p in zip(sound(*args, **kwargs), weights, strict=True))
+
+    weights = [next(trainer.task.network.parameters())]
+    trainer.predict = sound
+    trainer.trust_compiler(pool, log.append)
+    assert trainer.predict is sound
+    assert log == []
+    trainer.predict = broken
+    trainer.trust_compiler(pool, log.append)
+    assert trainer.predict is trainer.task.network
+    assert "no gradient: not compiled" in log[0]
+    assert all(p.grad is None for p in trainer.parameters)

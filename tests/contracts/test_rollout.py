@@ -13,8 +13,8 @@ from vmpo.kernels import Kernel, build_kernel
 from vmpo.objectives import get_objective
 from vmpo.policies.adapters import add_lora, lora_parameters
 from vmpo.policies.loading import load_policy
-from vmpo.policies.policy import Conditioning
 from vmpo.policies.pipeline import Call, PipelinePolicy
+from vmpo.policies.policy import Conditioning
 from vmpo.rollouts import noise_for, rollout
 from vmpo.training.checks import check_ratio
 from vmpo.training.update import Penalties, Rollout, Updater

@@ -63,6 +63,26 @@ class Trainer:
         empty = task.tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         self.empty = empty.input_ids[0]
 
+    def trust_compiler(self, pool: Pool, log: Log) -> None:
+        """Goes back to the plain network if the compiled one leaves a parameter without its gradient.
+
+        PyTorch 2.13 does so on a CPU to everything below a UNet's upsampling, and training goes on without a word.
+        """
+        if self.predict is self.task.network:
+            return
+        reached = []
+        for predict in (self.task.network, self.predict):
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+                self.task.loss(predict, pool.latents[:8].float(), pool.tokens[:8], generator).backward()
+            reached.append([p.grad is not None and bool(p.grad.any()) for p in self.parameters])
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        lost = sum(plain and not compiled for plain, compiled in zip(*reached, strict=True))
+        if lost:
+            log(f"the compiled network gives {lost} of {len(self.parameters)} parameters no gradient: not compiled")
+            self.predict = self.task.network
+
     def lr_scale(self) -> float:
         """The present share of the full learning rates."""
         done = self.done
@@ -130,6 +150,7 @@ class Trainer:
 
 def train(trainer: Trainer, pool: Pool, folder: Path, log: Log) -> None:
     """Runs the steps that are left; keeps the whole state every 1,000 of them and at the end."""
+    trainer.trust_compiler(pool, log)
     began, first, window = time.time(), trainer.done, list[float]()
     total = trainer.settings.steps
     while trainer.done < total:
