@@ -162,6 +162,17 @@ def test_a_distance_that_is_no_cosine_has_no_vendi_score() -> None:
     assert prompt_diversity("lpips", Brightness(), images) == {"lpips": (0.25 + 0.5625 + 0.0625) / 3}
 
 
+def test_a_distance_of_pixels_refuses_pictures_of_several_sizes() -> None:
+    class Pixels:
+        name, distance = "pixels", "squared_euclidean"
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)
+
+    with pytest.raises(UserError, match="'pixels' compares pictures of one size; a prompt has pictures of 6x4, 8x4"):
+        prompt_diversity("pixels", Pixels(), [torch.rand(3, 4, 8), torch.rand(3, 4, 6)])
+
+
 def test_what_was_saved_is_what_is_read(tmp_path: Path) -> None:
     image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
     save_image(image, tmp_path / "a.png")

@@ -106,10 +106,17 @@ def prompt_diversity(name: str, metric: FeatureExtractor, images: list[Tensor]) 
 
     which Domingo-Enrich et al. (2024, arXiv:2409.08861) and the paper's tables take with DreamSim. None where an
     extractor failed.
+
+    Raises:
+        UserError: if pictures of several sizes have features of several lengths, as those of LPIPS have.
     """
-    same_size = len({image.shape for image in images}) == 1
-    parts = [torch.stack(images)] if same_size else [image[None] for image in images]
-    features = torch.cat([metric(part).detach() for part in parts]).double()
+    sizes = sorted({tuple(image.shape[1:]) for image in images})
+    parts = [torch.stack(images)] if len(sizes) == 1 else [image[None] for image in images]
+    found_features = [metric(part).detach() for part in parts]
+    if len({f.shape[1] for f in found_features}) > 1:
+        shown = ", ".join(f"{width}x{height}" for height, width in sizes)
+        raise UserError(f"distance '{name}' compares pictures of one size; a prompt has pictures of {shown}")
+    features = torch.cat(found_features).double()
     found = {name: mean_pairwise_distances(features[None], metric.distance).item()}
     if metric.distance == "cosine":
         found[f"vendi_{name}"] = vendi_scores(features[None]).item()
