@@ -26,7 +26,7 @@ POLICIES: dict[str, type[PipelinePolicy]] = {
     policy.pipeline_class.__name__: policy
     for policy in (StableDiffusionPolicy, StableDiffusionXLPolicy, StableDiffusion3Policy)
 }
-EMBEDDED = ("glyphs", "glyphs-ddim")
+EMBEDDED = ("glyphs",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 

@@ -150,7 +150,7 @@ def pretrain_glyphs_ddim(
     teacher = embedded_teacher()
     task = pretrain(
         folder,
-        settings or Pretraining(cycles=(Cycle(7_500, decay=0.7),)),
+        settings or Pretraining(cycles=(Cycle(6_000, decay=0.7),)),
         lambda chosen, log: autoencoder_without_shift(teacher.pipe.vae),
         lambda vae, seed: GlyphsDDIM(build_pipeline(vae, seed), teacher),
         scale=scale,
