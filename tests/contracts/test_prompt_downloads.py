@@ -316,7 +316,7 @@ def test_mistakes_of_the_command(vmpo: Vmpo, publish, tmp_path: Path) -> None:
         (["ocr/tran"], "did you mean 'ocr/train'?"),
         (["--out", tmp_path / "x.txt"], "--out takes the prompts of one set"),
         (["owls/train", "glyphs/test", "--out", tmp_path / "x.txt"], "--out takes the prompts of one set"),
-        (["owls/train", "--out", tmp_path / "absent" / "x.txt"], "cannot write"),
+        (["owls/train", "--out", tmp_path / "train.txt" / "x.txt"], "cannot write"),
     ]:
         code, errors, _ = vmpo("prompts", *words)
         assert code == 2

@@ -279,13 +279,14 @@ def test_odd_metrics_do_not_stop_the_page(run: Path) -> None:
 def test_an_unwritable_folder_is_one_clear_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "report.html").write_text("the old one")
 
-    def full(self: Path, *args: object, **kwargs: object) -> int:
+    def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left"):
         write_report(run)
     assert (run / "report.html").read_text() == "the old one"
+    assert not list(run.glob(".report.html*"))
 
 
 def test_path_prefers_held_out_figures() -> None:

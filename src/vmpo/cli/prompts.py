@@ -66,8 +66,8 @@ def _list() -> None:
 def _show(name: str, out: Path | None) -> None:
     found = _load(name)
     if out is not None:
+        from vmpo.disk import write_text
         from vmpo.prompts.files import format_prompts
-        from vmpo.training.checkpoint import write_text
 
         write_text(out, format_prompts(found, out.suffix))
         console.print(f"{name}: {len(found):,} prompts written to {out}", soft_wrap=True, markup=False)

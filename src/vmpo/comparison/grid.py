@@ -20,9 +20,9 @@ from vmpo.comparison.settings import BUDGETS, OBJECTIVES_OF
 from vmpo.comparison.variant import parse_variant
 from vmpo.comparison.world_run import run_cell, world_facts
 from vmpo.comparison.world_training import Budget
+from vmpo.disk import write_text
 from vmpo.errors import UserError
 from vmpo.exact import WORLDS, get_world
-from vmpo.training.checkpoint import write_text
 from vmpo.training.provenance import hardware
 
 EQUAL_SECONDS = ("ess", "kl_target", "reward")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vmpo.comparison.variant import parse_variant
+from vmpo.disk import write_text
 from vmpo.errors import UserError
 from vmpo.objectives import OBJECTIVES
-from vmpo.training.checkpoint import write_text
 from vmpo.training.provenance import hardware
 from vmpo.training.recipes import load_config
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from vmpo.disk import lock_folder, write_text
 from vmpo.errors import UserError
 from vmpo.evaluation.benchmark_plan import Benchmark
 from vmpo.evaluation.draw_pictures import draw_source
@@ -23,7 +24,6 @@ from vmpo.evaluation.score_pictures import Scoring, score_diversity, score_rewar
 from vmpo.evaluation.score_table import ScoreTable, build_table
 from vmpo.evaluation.statistics import prompt_means
 from vmpo.rewards import check_prompts
-from vmpo.training.checkpoint import write_text
 
 
 def run_benchmark(
@@ -39,7 +39,7 @@ def run_benchmark(
     """
     lock = FileLock(folder / ".lock", timeout=0)
     if accelerator.is_main_process:
-        _lock(lock, folder)
+        lock_folder(folder, lock, f"'{folder}'")
     try:
         accelerator.wait_for_everyone()
         log = ScoreLog(folder, accelerator)
@@ -87,16 +87,6 @@ def _once(load: Callable[[], Any]) -> Callable[[], Any]:
         return found[0]
 
     return loaded
-
-
-def _lock(lock: FileLock, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"'{folder}' is in use by an evaluation that is still running") from error
-    except OSError as error:
-        raise UserError(f"'{folder}' cannot be made: {error.strerror}") from error
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

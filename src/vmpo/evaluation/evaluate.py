@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmpo.disk import write_text
 from vmpo.errors import UserError
 from vmpo.evaluation.diversity import total_variance, total_variances
 from vmpo.evaluation.glyph_style import StyleReading, marginals_of, read_styles, style_entropy
@@ -27,7 +28,6 @@ from vmpo.rewards import Reward, combine, score_images
 from vmpo.rewards.ocr import LineRecogniser, OCRAccuracy, recogniser, target_text
 from vmpo.rollouts import rollout
 from vmpo.training.adapters import adapter_beta
-from vmpo.training.checkpoint import write_text
 from vmpo.training.config import Config, validate_config
 from vmpo.training.pictures import save_image
 from vmpo.training.scoring import decode

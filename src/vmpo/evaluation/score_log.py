@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from vmpo.disk import write_text
 from vmpo.errors import UserError
-from vmpo.training.checkpoint import write_text
 
 Key = tuple[str, int, int]
 Record = dict[str, Any]

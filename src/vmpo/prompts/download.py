@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from vmpo.disk import write_file
 from vmpo.errors import UserError
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -74,7 +74,7 @@ def download(url: str, target: Path, expected: str, progress: Callable[[int, int
             time.sleep(wait)
     if expected:
         check(content, expected, url)
-    _write(target, content)
+    write_file(target, content, "VMPO_CACHE names another cache folder")
     return content
 
 
@@ -97,21 +97,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answered {error.code} {error.reason}"
     return str(getattr(error, "reason", None) or error) or type(error).__name__
-
-
-def _write(target: Path, content: bytes) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write '{target}': {error.strerror}; VMPO_CACHE names another cache folder") from error

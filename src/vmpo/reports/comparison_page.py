@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vmpo.disk import write_text
 from vmpo.errors import UserError
 from vmpo.reports.comparison_figures import course_section, samples_section
 from vmpo.reports.comparison_table import (
@@ -28,7 +29,6 @@ from vmpo.reports.comparison_table import (
 )
 from vmpo.reports.run_record import finite, section
 from vmpo.reports.style import CSS
-from vmpo.training.checkpoint import write_text
 
 EXTRA_CSS = """
 main { max-width: 1120px; }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vmpo.errors import UserError
+from vmpo.disk import write_file
 from vmpo.reports import curves_section, frontier_section, panel_section
 from vmpo.reports.gallery import gallery, letters
 from vmpo.reports.run_record import RunRecord, finite, read_run, section
@@ -212,13 +211,5 @@ def write_report(run_dir: Path) -> Path:
     """
     page = render_page(read_run(Path(run_dir)))
     path = Path(run_dir) / "report.html"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write '{path}': {error.strerror or error}; free some space or mend the rights"
-        ) from None
+    write_file(path, page.encode("utf-8"), "free some space or mend the rights")
     return path

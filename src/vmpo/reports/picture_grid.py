@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from torch import Tensor
 
-from vmpo.errors import UserError
+from vmpo.disk import write_file
 from vmpo.reports.figures import LIGHT
 
 WIDTH, GAP, CAPTION = 1.5, 0.05, 1.35
@@ -88,10 +88,4 @@ def save_grid_figure(grid: PictureGrid, path: Path) -> None:
     """
     buffer = io.BytesIO()
     draw_grid(grid).savefig(buffer, format="png", metadata={"Software": "vmpo"})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+    write_file(path, buffer.getvalue())

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from vmpo.disk import write_text
 from vmpo.evaluation.score_table import ScoreTable
 from vmpo.evaluation.statistics import Estimate
-from vmpo.training.checkpoint import write_text
 
 Estimates = Mapping[str, Mapping[str, Estimate]]
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,6 @@ from safetensors import SafetensorError
 from vmpo.errors import UserError
 
 KEEP = 2
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step: after a crash it holds the old text or the new, never a part.
-
-    Raises:
-        UserError: if the disk is full or the folder cannot be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
 
 
 def replace_folder(fill: Any, target: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vmpo.training.checkpoint import replace_folder, write_text
+from vmpo.disk import write_text
+from vmpo.training.checkpoint import replace_folder
 from vmpo.training.held_out import mean_and_error
 
 RULE = "the least KL among those whose reward is within one standard error, paired by prompt, of the highest"

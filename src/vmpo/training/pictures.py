@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vmpo.errors import UserError
+from vmpo.disk import write_file
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -25,13 +25,7 @@ def save_image(image: Tensor, path: Path) -> None:
     """
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+    write_file(path, buffer.getvalue())
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from vmpo.disk import lock_folder, write_text
 from vmpo.errors import UserError
-from vmpo.training.checkpoint import write_text
 from vmpo.training.config import Config
 from vmpo.training.provenance import provenance
 
@@ -23,7 +23,7 @@ def open_run_folder(folder: Path, lock: FileLock, config: Config, accelerator: A
     """
     main = accelerator.is_main_process
     if main:
-        _take(folder, lock)
+        lock_folder(folder, lock, f"run folder '{folder}'")
     accelerator.wait_for_everyone()
     used = (folder / "config.yaml").exists()
     if used and not resume:
@@ -47,14 +47,3 @@ def open_run_folder(folder: Path, lock: FileLock, config: Config, accelerator: A
             write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     accelerator.wait_for_everyone()
     return used
-
-
-def _take(folder: Path, lock: FileLock) -> None:
-    """Keeps other living processes out of the folder; the system lets go of the lock when the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"run folder '{folder}' is in use by a process that is still running") from error
-    except OSError as error:
-        raise UserError(f"run folder '{folder}' cannot be made: {error.strerror}") from error

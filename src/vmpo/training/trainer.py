@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor
 
+from vmpo.disk import write_text
 from vmpo.log_weights import LogWeights
 from vmpo.policies.adapters import lora_parameters, save_lora
 from vmpo.policies.policy import Conditioning
@@ -31,7 +32,6 @@ from vmpo.training.checkpoint import (
     replace_folder,
     save_checkpoint,
     set_random_states,
-    write_text,
 )
 from vmpo.training.checks import check_adapter, check_ratio, check_rewards_vary, check_some_reward
 from vmpo.training.config import Config
