@@ -312,17 +312,17 @@ def test_fetch_all_goes_on_after_a_failure(vmpo: Vmpo, publish, monkeypatch: pyt
 
 def test_mistakes_of_the_command(vmpo: Vmpo, publish, tmp_path: Path) -> None:
     publish("good")
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(["two\nlines"]))
     for words, wanted in [
         (["ocr/tran"], "did you mean 'ocr/train'?"),
         (["--out", tmp_path / "x.txt"], "--out takes the prompts of one set"),
         (["owls/train", "glyphs/test", "--out", tmp_path / "x.txt"], "--out takes the prompts of one set"),
-        (["owls/train", "--out", tmp_path / "train.txt" / "x.txt"], "cannot write"),
+        (["owls/train", "--out", tmp_path / "own.json" / "x.txt"], "cannot write"),
     ]:
         code, errors, _ = vmpo("prompts", *words)
         assert code == 2
         assert len(errors) == 1
         assert wanted in errors[0]
-    file = tmp_path / "own.json"
-    file.write_text(json.dumps(["two\nlines"]))
     assert "line break" in vmpo("prompts", file, "--out", tmp_path / "x.txt")[1][0]
     assert files(tmp_path) == ["own.json", "train.txt"]
