@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from vmpo.errors import UserError
 from vmpo.pretraining import glyphs, glyphs_ddim
 from vmpo.pretraining.autoencoder import build_autoencoder
-from vmpo.pretraining.captions import Pool, captioned, encode_pool
+from vmpo.pretraining.captions import Pool, captioned, encode_pool, plain
 from vmpo.pretraining.glyphs import Glyphs, pretrain_glyphs
 from vmpo.pretraining.glyphs_ddim import GlyphsDDIM, autoencoder_without_shift, pretrain_glyphs_ddim
 from vmpo.pretraining.run import Task, Trainer
@@ -213,3 +214,22 @@ def test_a_network_whose_compiled_form_loses_gradients_is_not_compiled(name: str
     assert trainer.predict is trainer.task.network
     assert "no gradient: not compiled" in log[0]
     assert all(p.grad is None for p in trainer.parameters)
+
+
+def test_the_first_steps_are_on_plain_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[int]()
+    step = Trainer.step
+
+    def watched(trainer: Trainer, pool: Pool) -> float:
+        seen.append(len(pool.latents))
+        return step(trainer, pool)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    settings = replace(TINY, plain_steps=2)
+    pretrain_glyphs_ddim(tmp_path, settings=settings, log=lambda line: None)
+    assert seen == [4, 4, 40, 40], "a tenth of the pool is plain"
+    rng = random.Random(3)
+    for text, drawn in (plain(rng) for _ in range(200)):
+        assert text.startswith("printed ")
+        assert text.endswith(f'"{drawn}"')
+        assert len(drawn) == 5

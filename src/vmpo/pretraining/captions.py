@@ -13,7 +13,18 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from vmpo.pretraining.autoencoder import picture_tensor
 from vmpo.pretraining.settings import Pretraining
-from vmpo.pretraining.words import MISSPELT_SHARE, NOUNS, VERBS, caption, misspell, random_style, random_word, render
+from vmpo.pretraining.words import (
+    LETTERS,
+    MISSPELT_SHARE,
+    NOUNS,
+    PLAIN,
+    VERBS,
+    caption,
+    misspell,
+    random_style,
+    random_word,
+    render,
+)
 
 MAX_TOKENS = 14
 
@@ -66,19 +77,32 @@ def captioned(settings: Pretraining, rng: random.Random) -> tuple[str, str]:
     return caption(word, rng, source if rng.random() < settings.named_share else "a"), drawn
 
 
+def plain(rng: random.Random) -> tuple[str, str]:
+    """As `captioned`, but five letters, spelt right: every letter has its place, once the style is one."""
+    word = "".join(rng.choice(LETTERS) for _ in range(5))
+    return caption(word, rng, "printed"), word
+
+
 @torch.no_grad()
 def encode_pool(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, settings: Pretraining, log: Callable[[str], None]
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    settings: Pretraining,
+    log: Callable[[str], None],
+    *,
+    plainly: bool = False,
 ) -> Pool:
-    """Draws `settings.pool` captioned pictures and encodes them once."""
+    """Draws `settings.pool` captioned pictures (a tenth of them if plain, in one style) and encodes them once."""
+    count = max(1, settings.pool // 10) if plainly else settings.pool
     rng, latents, captions = random.Random(settings.seed), list[torch.Tensor](), list[str]()
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-    while len(captions) < settings.pool:
-        chunk = [captioned(settings, rng) for _ in range(min(500, settings.pool - len(captions)))]
-        x = picture_tensor([render(drawn, random_style(rng)) for _, drawn in chunk])
+    while len(captions) < count:
+        number = min(500, count - len(captions))
+        chunk = [plain(rng) if plainly else captioned(settings, rng) for _ in range(number)]
+        x = picture_tensor([render(drawn, PLAIN if plainly else random_style(rng)) for _, drawn in chunk])
         latents.append(((vae.encode(x).latent_dist.sample() - shift) * scale).half())
         captions += [text for text, _ in chunk]
         if len(captions) % 20_000 == 0:
-            log(f"pictures {len(captions)}/{settings.pool}")
+            log(f"pictures {len(captions)}/{count}")
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return Pool(torch.cat(latents), tokens.input_ids)

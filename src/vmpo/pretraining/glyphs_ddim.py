@@ -103,6 +103,9 @@ class GlyphsDDIM:
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, teacher: Glyphs) -> None:
+        # trained along, it forgets the letters before attention has learnt to look for them; drawn at random and left
+        # so, it tells every letter at every place apart
+        pipe.text_encoder.requires_grad_(False)
         self.pipe, self.network, self.tokenizer = pipe, pipe.unet, pipe.tokenizer
         self.encoders: list[nn.Module] = [pipe.text_encoder]
         self.alpha_bar, self.teacher = pipe.scheduler.alphas_cumprod, teacher
@@ -152,7 +155,7 @@ def pretrain_glyphs_ddim(
     teacher = embedded_teacher()
     task = pretrain(
         folder,
-        settings or Pretraining(cycles=(Cycle(6_000, decay=0.7),), lr=1e-3, muon_lr=5e-3),
+        settings or Pretraining(plain_steps=1_000, cycles=(Cycle(8_000, decay=0.7),), lr=1e-3, muon_lr=5e-3),
         lambda chosen, log: autoencoder_without_shift(teacher.pipe.vae),
         lambda vae, seed: GlyphsDDIM(build_pipeline(vae, seed), teacher),
         scale=scale,

@@ -148,13 +148,14 @@ class Trainer:
         self.generator.set_state(state["generator"])
 
 
-def train(trainer: Trainer, pool: Pool, folder: Path, log: Log) -> None:
-    """Runs the steps that are left; keeps the whole state every 1,000 of them and at the end."""
+def train(trainer: Trainer, pool: Pool, plain: Pool | None, folder: Path, log: Log) -> None:
+    """Runs the steps that are left, plain ones first; keeps the whole state every 1,000 of them and at the end."""
     trainer.trust_compiler(pool, log)
     began, first, window = time.time(), trainer.done, list[float]()
     total = trainer.settings.steps
     while trainer.done < total:
-        window.append(trainer.step(pool))
+        plainly = trainer.done < trainer.settings.plain_steps
+        window.append(trainer.step(plain if plain is not None and plainly else pool))
         if trainer.done % 50 == 0 or trainer.done == total:
             left = (total - trainer.done) * (time.time() - began) / (trainer.done - first) / 60
             log(f"step {trainer.done}/{total}  loss {sum(window) / len(window):.4f}  {left:.0f} min left")
@@ -203,7 +204,9 @@ def pretrain(
     if state is not None:
         trainer.load_state(state)
         log(f"goes on at step {trainer.done}")
-    train(trainer, encode_pool(vae, task.tokenizer, settings, log), folder, log)
+    pool = encode_pool(vae, task.tokenizer, settings, log)
+    plain = encode_pool(vae, task.tokenizer, settings, log, plainly=True) if settings.plain_steps else None
+    train(trainer, pool, plain, folder, log)
     trainer.swap_ema()
     _save(task, folder)
     facts = {**asdict(settings), "hours": round((time.time() - began) / 3600, 2)}

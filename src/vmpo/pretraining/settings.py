@@ -20,6 +20,7 @@ class Pretraining:
 
     autoencoder_steps: int = 2_000
     pool: int = 80_000
+    plain_steps: int = 0  # first, on words of five letters drawn in one style
     cycles: tuple[Cycle, ...] = (Cycle(14_000), Cycle(5_000, peak=0.5, decay=0.9))
     batch: int = 96
     lr: float = 2e-3
@@ -48,5 +49,6 @@ def scaled(settings: Pretraining, scale: float) -> Pretraining:
         settings,
         autoencoder_steps=shorter(settings.autoencoder_steps),
         pool=shorter(settings.pool),
+        plain_steps=round(settings.plain_steps * scale),
         cycles=tuple(replace(cycle, steps=shorter(cycle.steps)) for cycle in settings.cycles),
     )

@@ -59,6 +59,9 @@ class Style:
     y: float
 
 
+PLAIN = Style("DejaVuSansMono-Bold", 15, "black", "paper", 0.0, 0.0)
+
+
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib  # ships the DejaVu fonts (Bitstream Vera licence), so the project need not
