@@ -26,17 +26,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmpo.errors import UserError
-from vmpo.policies.attention import use_attention
-from vmpo.policies.loading import DTYPES, POLICIES
+from vmpo.policies.loading import DTYPES
 from vmpo.policies.pipeline import PipelinePolicy
 from vmpo.policies.policy import Conditioning
-from vmpo.policies.published import build_published, published, published_names
+from vmpo.policies.published import architecture_of, published, published_names, published_policy
 from vmpo.training.config import Config
 from vmpo.training.provenance import hardware
 from vmpo.training.recipes import load_config
 from vmpo.training.rollout import Rollout
 from vmpo.training.run import silence_libraries
-from vmpo.training.setup import call_of, load_parts
+from vmpo.training.setup import call_of, load_parts, loading_of
 from vmpo.training.trainer import Trainer
 
 MATRIX = 2048
@@ -121,25 +120,17 @@ def peak_memory_gib() -> float:
 
 def untrained_policy(config: Config, device: torch.device) -> PipelinePolicy:
     """The recipe's published architecture at full size with random weights and random prompts."""
-    known = {published(name)["hub"]: name for name in published_names()}
-    if config.model.path not in known:
-        raise UserError(f"--random-weights: no architecture is known for '{config.model.path}', only for {list(known)}")
+    architecture = architecture_of(config.model.path)
+    if architecture is None:
+        known = ", ".join(published(name)["hub"] for name in published_names())
+        raise UserError(f"--random-weights: no architecture is known for '{config.model.path}', only for {known}")
     torch.manual_seed(0)
-    pipe, loading = build_published(known[config.model.path], device), config.model
-    policy_class = POLICIES[type(pipe).__name__]
-    denoiser = getattr(pipe, policy_class.denoiser_name)
-    denoiser.requires_grad_(False).to(DTYPES[loading.weights])
-    pipe.vae.requires_grad_(False).to(DTYPES[loading.vae_weights or loading.weights])
-    if loading.checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    if loading.vae_slicing:
-        pipe.vae.enable_slicing()
-    use_attention(loading.attention)
-    policy = policy_class(pipe, call_of(config))
+    policy = published_policy(architecture, call_of(config), loading_of(config), device)
+    dtype = policy.denoiser.dtype
 
     def encode(prompt: str, guided: bool) -> Conditioning:
         sides = [
-            {k: torch.randn(1, *shape, dtype=denoiser.dtype) for k, shape in policy.conditioning_shapes.items()}
+            {k: torch.randn(1, *shape, dtype=dtype) for k, shape in policy.conditioning_shapes.items()}
             for _ in range(1 + guided)
         ]
         return Conditioning(*sides)

@@ -136,3 +136,15 @@ def rollout_from_noise(
         kl_ref=torch.stack(kl_ref, 1),
         x0_hat=x0_hat,
     )
+
+
+@torch.no_grad()
+def draw_states(policy: Policy, kernel: Kernel, conditioning: Conditioning, seeds: list[int]) -> Tensor:
+    """Clean states x_0 of one trajectory a seed, (N, *shape): those of `rollout`, without its densities."""
+    noise = noise_for(seeds, kernel.num_steps, policy.state_shape, policy.device)
+    x_t, times = kernel.initial(noise[:, 0]), kernel.times.to(policy.device)
+    for k in range(kernel.num_steps):
+        step = torch.full((len(seeds),), k, device=policy.device)
+        output = policy.predict(x_t, times[step], conditioning)
+        x_t = kernel.transition(x_t, output, step).sample(noise[:, k + 1]).float()
+    return x_t

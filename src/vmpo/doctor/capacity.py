@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from vmpo.policies.adapters import add_lora
-from vmpo.policies.loading import DTYPES, POLICIES
-from vmpo.policies.pipeline import PipelinePolicy
-from vmpo.policies.published import build_published, published, published_names
+from vmpo.policies.published import architecture_of, published, published_names, published_policy
 from vmpo.training.config import Config, Model, Sampler
 from vmpo.training.memory import MemoryEstimate, available_memory, estimate_memory
 from vmpo.training.recipes import load_config, recipe_names
-from vmpo.training.setup import call_of
+from vmpo.training.setup import call_of, loading_of
 
 
 @dataclass(frozen=True)
@@ -53,33 +50,22 @@ def capacities(chosen: dict[str, Config], tell: Callable[[str], None]) -> list[C
     Args:
         tell: is told what is being worked out, which takes some seconds each.
     """
-    known = {published(name)["hub"]: name for name in published_names()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available, found = available_memory(device), []
     for job, config in chosen.items():
-        if config.model.path not in known:
+        architecture = architecture_of(config.model.path)
+        if architecture is None:
             continue
         tell(f"what fits: {job}")
-        plain, saving = (_estimate(config, known[config.model.path], saving=saving) for saving in (False, True))
+        plain, saving = (_estimate(config, architecture, saving=saving) for saving in (False, True))
         found.append(Capacity(job, plain, saving, available))
     return found
 
 
 def _estimate(config: Config, architecture: str, *, saving: bool) -> MemoryEstimate:
-    policy = _policy(config, architecture)
+    loading, lora = loading_of(config), config.model.lora
     if saving:
-        policy.denoiser.enable_gradient_checkpointing()
-        policy.pipe.vae.enable_slicing()
+        loading = replace(loading, checkpointing=True, vae_slicing=True)
+    policy = published_policy(architecture, call_of(config), loading)
+    add_lora(policy, lora.rank, lora.alpha, lora.targets, config.seed)
     return estimate_memory(config, policy)
-
-
-def _policy(config: Config, architecture: str) -> PipelinePolicy:
-    model = config.model
-    pipe = build_published(architecture)
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.to(DTYPES[model.weights]).requires_grad_(False)
-    pipe.vae.to(DTYPES[model.vae_weights or model.weights])
-    policy = POLICIES[type(pipe).__name__](pipe, call_of(config))
-    add_lora(policy, model.lora.rank, model.lora.alpha, model.lora.targets, config.seed)
-    return policy

@@ -8,33 +8,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from vmpo.errors import UserError
 from vmpo.evaluation.evaluate import Report, picture_seed
 from vmpo.evaluation.picture_source import ADAPTER_FILES, Source
 from vmpo.evaluation.score_log import ScoreLog
-from vmpo.kernels import Kernel
 from vmpo.policies.adapters import load_lora
 from vmpo.policies.pipeline import PipelinePolicy
-from vmpo.policies.policy import Conditioning, Policy
 from vmpo.prompts import PromptSet
-from vmpo.rollouts import noise_for
+from vmpo.rollouts import draw_states
 from vmpo.training.pictures import save_image
 from vmpo.training.processes import share
 from vmpo.training.setup import load_kernel_of, load_policy_of
-
-
-@torch.no_grad()
-def draw_states(policy: Policy, kernel: Kernel, conditioning: Conditioning, seeds: list[int]) -> Tensor:
-    """Clean states x_0 of one trajectory a seed, (N, *shape): those of `rollout`, without its densities."""
-    noise = noise_for(seeds, kernel.num_steps, policy.state_shape, policy.device)
-    x_t, times = kernel.initial(noise[:, 0]), kernel.times.to(policy.device)
-    for k in range(kernel.num_steps):
-        step = torch.full((len(seeds),), k, device=policy.device)
-        output = policy.predict(x_t, times[step], conditioning)
-        x_t = kernel.transition(x_t, output, step).sample(noise[:, k + 1]).float()
-    return x_t
 
 
 def batches_of(prompts: int, images: int, batch: int) -> list[list[tuple[int, int]]]:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from vmpo.errors import UserError
 from vmpo.evaluation.evaluate import read_run_config
 from vmpo.evaluation.picture_folder import FoundPicture, find_pictures
+from vmpo.policies import adapters
 from vmpo.policies.loading import EMBEDDED
 from vmpo.training.adapters import adapter_folder
 from vmpo.training.config import Config
 from vmpo.training.recipes import load_config
 
 Kind = Literal["run", "base", "model", "adapter", "pictures"]
-ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+ADAPTER_FILES = (adapters.FILE, "adapter_model.safetensors")
 LABEL = re.compile(r"[\w .()+@-]+")
 
 

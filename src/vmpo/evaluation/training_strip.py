@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vmpo.errors import UserError
-from vmpo.evaluation.draw_pictures import draw_states
 from vmpo.evaluation.evaluate import picture_seed, read_run_config
 from vmpo.evaluation.picture_source import ADAPTER_FILES, with_sampler
 from vmpo.policies.adapters import add_lora, load_lora, lora_parameters
 from vmpo.policies.pipeline import PipelinePolicy
+from vmpo.rollouts import draw_states
 from vmpo.training.averaging import set_values
 from vmpo.training.checkpoint import checkpoints
 from vmpo.training.config import Config

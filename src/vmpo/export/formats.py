@@ -18,6 +18,7 @@ from vmpo.export.card import write_card
 from vmpo.export.kohya import Base, comfyui_state, kohya_state, read_base
 from vmpo.export.merged import merged_pipeline
 from vmpo.export.peft import save_peft
+from vmpo.policies.adapters import FILE
 from vmpo.training.checkpoint import replace_folder
 from vmpo.training.config import Config
 
@@ -59,7 +60,7 @@ def export(
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(FORMATS)}"
         raise UserError(f"no export format '{to}'; {hint}")
     config = read_run_config(run)
-    taken = read_adapter(run / adapter / "pytorch_lora_weights.safetensors")
+    taken = read_adapter(run / adapter / FILE)
     folder = out or run / "export" / to
     if folder.exists():
         raise UserError(f"'{folder}' exists; name another with --out, or remove it")

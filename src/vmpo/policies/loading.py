@@ -16,6 +16,7 @@ import transformers
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 from vmpo.errors import UserError
+from vmpo.features.weights import DTYPES as NETWORK_DTYPES
 from vmpo.policies.attention import use_attention
 from vmpo.policies.pipeline import Call, PipelinePolicy
 from vmpo.policies.stable_diffusion import StableDiffusionPolicy
@@ -27,7 +28,7 @@ POLICIES: dict[str, type[PipelinePolicy]] = {
     for policy in (StableDiffusionPolicy, StableDiffusionXLPolicy, StableDiffusion3Policy)
 }
 EMBEDDED = ("glyphs",)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+DTYPES = {**NETWORK_DTYPES, "none": None}
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,16 @@ def load_policy(
     policy_class = policy_class_of(path, loading.revision)
     pipe = _load_pipeline(path, folder, policy_class, loading)
     pipe.set_progress_bar_config(disable=True)
+    _place(pipe, policy_class, call, loading, torch.device(device))
+    return as_policy(pipe, call, loading)
+
+
+def as_policy(pipe: DiffusionPipeline, call: Call, loading: Loading) -> PipelinePolicy:
+    """A pipeline as a policy: frozen, in evaluation mode, with the savings of memory that are asked for."""
+    policy_class = POLICIES[type(pipe).__name__]
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    _place(pipe, policy_class, call, loading, torch.device(device))
     if loading.checkpointing:
         getattr(pipe, policy_class.denoiser_name).enable_gradient_checkpointing()
     if loading.vae_slicing:
@@ -131,11 +138,15 @@ def _load_pipeline(path: str, folder: str, policy_class: type[PipelinePolicy], l
         pipe = policy_class.pipeline_class.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model '{path}' could not be loaded: {str(error).splitlines()[0]}") from error
-    vae = DTYPES[loading.vae_weights or loading.weights]
-    if vae is torch.float16 and policy_class.upcasts_vae and pipe.vae.config.force_upcast:
-        vae = torch.float32  # its activations overflow half precision
-    pipe.vae.to(vae)
+    pipe.vae.to(vae_dtype(pipe, loading))
     return pipe
+
+
+def vae_dtype(pipe: DiffusionPipeline, loading: Loading) -> torch.dtype | None:
+    """The precision of the autoencoder: as asked for, unless its activations overflow half precision."""
+    dtype = DTYPES[loading.vae_weights or loading.weights]
+    upcast = POLICIES[type(pipe).__name__].upcasts_vae and pipe.vae.config.force_upcast
+    return torch.float32 if upcast and dtype is torch.float16 else dtype
 
 
 def _left_out(folder: str, policy_class: type[PipelinePolicy], loading: Loading) -> list[str]:

@@ -10,8 +10,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from vmpo.errors import UserError
+from vmpo.policies.loading import DTYPES, Loading, as_policy, vae_dtype
+from vmpo.policies.pipeline import Call, PipelinePolicy
 
 FOLDER = resources.files("vmpo").joinpath("assets/published")
 
@@ -31,6 +34,21 @@ def published(name: str) -> dict[str, Any]:
         raise UserError(f"no published architecture '{name}'; known: {', '.join(published_names())}")
     found: dict[str, Any] = json.loads(FOLDER.joinpath(f"{name}.json").read_text())
     return found
+
+
+def architecture_of(path: str) -> str | None:
+    """The architecture published under a hub name, if it is known."""
+    return next((name for name in published_names() if published(name)["hub"] == path), None)
+
+
+def published_policy(name: str, call: Call, loading: Loading, device: torch.device | str = "meta") -> PipelinePolicy:
+    """The policy of a published architecture, untrained, in the precisions of `loading`."""
+    pipe = build_published(name, device)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.to(DTYPES[loading.weights])
+    pipe.vae.to(vae_dtype(pipe, loading))
+    return as_policy(pipe, call, loading)
 
 
 def build_published(name: str, device: torch.device | str = "meta") -> DiffusionPipeline:

@@ -151,7 +151,7 @@ def pretrain_glyphs_ddim(
     compiled: bool = False,
     log: Log = print,
 ) -> StableDiffusionPipeline:
-    """Trains the UNet and its text encoder on latents of the autoencoder of `glyphs`, see `pretrain`."""
+    """Trains the UNet on latents of the autoencoder of `glyphs`, see `pretrain`."""
     teacher = embedded_teacher()
     task = pretrain(
         folder,

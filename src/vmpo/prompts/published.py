@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmpo.disk import write_text
 from vmpo.errors import UserError
 from vmpo.prompts.catalogue import CATALOGUE, Entry
 from vmpo.prompts.download import cache_folder, check, checksum, download, is_offline
@@ -75,7 +76,7 @@ class PublishedSet:
                 f"or put the file at '{self.file}'"
             ) from error
         if not self.expected:
-            self._first_seen.write_text(checksum(content, "sha256") + "\n")
+            write_text(self._first_seen, checksum(content, "sha256") + "\n")
             logger.warning(
                 "prompt set '%s': no checksum is known for %s; the one of this download is kept in %s, and later "
                 "copies are compared with it",

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from vmpo.errors import UserError
 from vmpo.features.preprocessing import to_pil
+from vmpo.features.weights import DTYPES
 
 LEVELS = {"excellent": 5.0, "good": 4.0, "fair": 3.0, "poor": 2.0, "bad": 1.0}
 QUESTION = "How would you rate the quality of this image?"
 ANSWER = "The quality of the image is"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def expected_level(logits: Tensor) -> Tensor:

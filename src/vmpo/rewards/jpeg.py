@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vmpo.errors import UserError
+from vmpo.features.preprocessing import to_pil
 
 QUALITY = 95
 
@@ -28,9 +28,8 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
         if not picture.isfinite().all():
             sizes.append(math.nan)
             continue
-        pixels = (picture * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=QUALITY)
+        to_pil(picture[None])[0].save(buffer, format="JPEG", quality=QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, device=images.device)
 

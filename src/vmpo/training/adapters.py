@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from vmpo.errors import UserError
+from vmpo.policies.adapters import FILE
 
 
 def adapter_folder(run: Path, name: str | None) -> Path:
@@ -19,8 +20,8 @@ def adapter_folder(run: Path, name: str | None) -> Path:
         front = run / "pareto" / "front.json"
         best = json.loads(front.read_text())["best"] if front.is_file() else None
         folder = run / "pareto" / (best or "best")
-    if name is not None and not (folder / "pytorch_lora_weights.safetensors").is_file():
-        found = sorted(str(p.parent.relative_to(run)) for p in run.rglob("pytorch_lora_weights.safetensors"))
+    if name is not None and not (folder / FILE).is_file():
+        found = sorted(str(p.parent.relative_to(run)) for p in run.rglob(FILE))
         raise UserError(f"run '{run}' has no adapter '{name}'; it has {', '.join(found) or 'none yet'}")
     return folder
 

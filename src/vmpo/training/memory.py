@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import psutil
 import torch
@@ -78,12 +79,6 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def memory_line(config: Config, policy: PipelinePolicy, accelerator: Accelerator) -> str:
-    """The estimate for the eye."""
-    estimate, available = estimate_memory(config, policy, accelerator.num_processes), _share(policy, accelerator)
-    return _line(estimate, config.optimisation.micro_batch, available)
-
-
 def _line(estimate: MemoryEstimate, micro_batch: int, available: int) -> str:
     fixed, row, total, there = map(readable, (estimate.fixed, estimate.row, estimate.total(micro_batch), available))
     return f"memory: {fixed} and {micro_batch} rows of {row}, about {total} of {there}; reward models are not counted"
@@ -100,10 +95,12 @@ def _share(policy: PipelinePolicy, accelerator: Accelerator) -> int:
     return available if policy.device.type == "cuda" else available // accelerator.num_processes
 
 
-def with_micro_batch(
+def plan_memory(
     config: Config, policy: PipelinePolicy, folder_config: str | None, accelerator: Accelerator
-) -> Config:
-    """The configuration with a micro-batch of 0 replaced by the largest that fits; a resumed run keeps its own.
+) -> tuple[Config, str]:
+    """The configuration with a micro-batch of 0 replaced by the largest that fits, and the estimate for the eye.
+
+    A resumed run keeps the number it was begun with. Only the main process has something to show.
 
     Args:
         folder_config: the text of the run folder's config.yaml, if the run was begun.
@@ -111,19 +108,18 @@ def with_micro_batch(
     Raises:
         UserError: if not even one row fits.
     """
-    optimisation = config.optimisation
-    if optimisation.micro_batch:
-        return config
-    if folder_config is not None:
+    optimisation, share = config.optimisation, _share(policy, accelerator)
+    estimate = cache(lambda: estimate_memory(config, policy, accelerator.num_processes))  # takes seconds
+    found = optimisation.micro_batch
+    if not found and folder_config is not None:
         found = int(yaml.safe_load(folder_config)["optimisation"]["micro_batch"])
-    else:
-        found = _largest(config, policy, accelerator)
-    return config.model_copy(update={"optimisation": optimisation.model_copy(update={"micro_batch": found})})
+    elif not found:
+        found = _largest(config, estimate(), share, accelerator)
+    planned = config.model_copy(update={"optimisation": optimisation.model_copy(update={"micro_batch": found})})
+    return planned, _line(estimate(), found, share) if accelerator.is_main_process else ""
 
 
-def _largest(config: Config, policy: PipelinePolicy, accelerator: Accelerator) -> int:
-    share = _share(policy, accelerator)
-    estimate = estimate_memory(config, policy, accelerator.num_processes)
+def _largest(config: Config, estimate: MemoryEstimate, share: int, accelerator: Accelerator) -> int:
     most = config.optimisation.prompts * config.optimisation.group * config.sampler.steps
     fits = torch.tensor(min(estimate.largest(share), most), device=accelerator.device)
     if accelerator.num_processes > 1:

@@ -6,15 +6,10 @@ import io
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vmpo.disk import write_file
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """A picture in [0, 1], (3, H, W), as 8-bit RGB."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+from vmpo.features.preprocessing import to_pil
 
 
 def save_image(image: Tensor, path: Path) -> None:
@@ -24,7 +19,7 @@ def save_image(image: Tensor, path: Path) -> None:
         UserError: if the disk is full or the folder cannot be written.
     """
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="PNG")
+    to_pil(image[None])[0].save(buffer, format="PNG")
     write_file(path, buffer.getvalue())
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vmpo.errors import UserError
 from vmpo.training.config import Config
-from vmpo.training.memory import memory_line, with_micro_batch
+from vmpo.training.memory import plan_memory
 from vmpo.training.setup import load_parts
 from vmpo.training.stopping import check_stopping
 from vmpo.training.trainer import Metrics, Trainer
@@ -47,9 +47,10 @@ def train(config: Config, folder: Path, *, resume: bool, console: Console) -> Tr
     accelerator = build_accelerator(config, folder)
     parts = load_parts(config, accelerator.device)
     begun = folder / "config.yaml"
-    config = with_micro_batch(config, parts.policy, begun.read_text() if begun.is_file() else None, accelerator)
-    if accelerator.is_main_process:
-        console.print(memory_line(config, parts.policy, accelerator), soft_wrap=True)
+    begun_with = begun.read_text() if begun.is_file() else None
+    config, line = plan_memory(config, parts.policy, begun_with, accelerator)
+    if line:
+        console.print(line, soft_wrap=True)
     trainer = Trainer(config, parts, folder, accelerator)
     try:
         _run(trainer, accelerator, console, resume)

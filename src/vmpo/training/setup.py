@@ -46,11 +46,14 @@ def call_of(config: Config) -> Call:
     )
 
 
+def loading_of(config: Config) -> Loading:
+    """Which weights a configuration loads, and how they are kept."""
+    return Loading(**{field.name: getattr(config.model, field.name) for field in fields(Loading)})
+
+
 def load_policy_of(config: Config, device: torch.device | str = "cpu") -> PipelinePolicy:
     """The pretrained model of a configuration, without adapter."""
-    model, call = config.model, call_of(config)
-    loading = Loading(**{f.name: getattr(model, f.name) for f in fields(Loading)})
-    return load_policy(model.path, call, loading, device)
+    return load_policy(config.model.path, call_of(config), loading_of(config), device)
 
 
 def load_kernel_of(config: Config, policy: PipelinePolicy) -> Kernel:
