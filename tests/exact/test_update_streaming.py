@@ -26,7 +26,17 @@ KL_OLD, KL_REF = 0.7, 0.3
 KERNEL = build_kernel("flow_grpo", 4, eta=0.8, shift=1.7, window=(0, 3))
 STEPS = KERNEL.stochastic_steps.tolist()
 CHOSEN = [1, 2]  # an update on two of the three groups
-NAMES = ["vmpo_diff", "vmpo_r2g", "log_variance", "trajectory_log_variance", "vmpo_clipped", "grpo", "grpo_std"]
+NAMES = [
+    "vmpo_diff",
+    "vmpo_r2g",
+    "log_variance",
+    "trajectory_log_variance",
+    "vmpo_clipped",
+    "grpo",
+    "grpo_std",
+    "flow_grpo",
+    "ddpo_is",
+]
 
 
 class DoublePolicy:
@@ -143,6 +153,13 @@ def policy_loss(name: str, whole: Whole, data: Rollout, centre: LearnedCentre | 
         kept = [i for g in groups for i in members(g)]
         return (log_w[kept] - centre.value.double()).square().mean()
     losses = []
+    # of the whole rollout, whichever groups this update is on, as the code of DDPO and Flow-GRPO has it
+    every = data.delta_phi[[i for g in range(GROUPS) for i in members(g)]]
+    if name == "ddpo_is":  # the mean over samples: the loss of no group
+        i = [i for g in groups for i in members(g)]
+        A = ((data.delta_phi[i] - every.mean(0)) / (every.std(0, correction=0) + 1e-4)).clip(-5, 5)
+        ratio = (whole.log_p[i] - data.log_p_old[i]).exp()
+        return -torch.minimum(ratio * A, ratio.clip(1 - 1e-4, 1 + 1e-4) * A).sum(1).mean()
     for g in groups:
         i = members(g)
         if name == "log_variance":  # Eq. 5
@@ -154,8 +171,11 @@ def policy_loss(name: str, whole: Whole, data: Rollout, centre: LearnedCentre | 
             A = weight - weight.mean(0)
             if name == "grpo_std":
                 A = A / (weight.std(0, correction=0) + 1e-4)
+            if name == "flow_grpo":
+                A = (A / (every.std(0, correction=0) + 1e-4)).clip(-5, 5)
+            reach = 1e-4 if name == "flow_grpo" else 0.2
             ratio = (whole.log_p[i] - data.log_p_old[i]).exp()
-            kept = torch.minimum(ratio * A, ratio.clip(0.8, 1.2) * A).sum()  # Eq. 21, 32
+            kept = torch.minimum(ratio * A, ratio.clip(1 - reach, 1 + reach) * A).sum()  # Eq. 21, 32
             losses.append(-kept / (len(i) - 1 if name == "vmpo_clipped" else len(i)))
     return torch.stack(losses).mean()
 

@@ -174,6 +174,7 @@ class Objective:
         group: Tensor,
         centre_value: Tensor | None = None,
         log_p_old: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> RowTerms:
         """The terms that couple rows, from the matrices of all trajectories.
 
@@ -188,6 +189,9 @@ class Objective:
             centre_value: what is learned and taken off each step's log w, (N, S) or (S,); a scalar is the M of a whole
                 trajectory. Read by 'squared' at other levels than 'step' only.
             log_p_old: log density the rollout was drawn with, (N, S); read by importance weights.
+            chosen: trajectories the loss is over, whole groups of them, (N,) bool; None: all. Rewards that are
+                weighed against nothing are centred and scaled over the batch of all, as DDPO and Flow-GRPO do once
+                a rollout; log-weights, which move with theta, over the chosen.
 
         Raises:
             ValueError: if `log_p`, `log_p_old` or `centre_value` is needed and missing.
@@ -200,7 +204,10 @@ class Objective:
             raise ValueError(f"objective '{self.name}' needs log p_old for its importance weights")
         if self.centre == "batch":
             group = torch.zeros_like(group)
-        log_w = LogWeights(self._log_w(log_p, log_anchor, delta_phi), group)
+        batch = LogWeights(self._log_w(log_p, log_anchor, delta_phi), group)
+        log_w = batch
+        if chosen is not None:
+            log_w = LogWeights(torch.where(chosen[:, None], batch.log_w, torch.nan), group)
         least = 2 if self.centre in ("group", "batch") else 1
         keep = (log_w.mask & (log_w.count[log_w.index] >= least))[:, None].expand_as(log_w.log_w)
         importance = self._importance(log_p, log_p_old, log_w)
@@ -209,7 +216,7 @@ class Objective:
         elif self.loss == "gradient":
             advantage = torch.zeros_like(log_w.log_w)
         else:
-            advantage = self._advantage(log_w)
+            advantage = self._advantage(batch if self.anchor == "none" else log_w)
         zeros = torch.zeros_like(log_w.log_w)
         weight = self._weight(log_w, keep, least) * importance
         return RowTerms(torch.where(keep, advantage.to(zeros.dtype), zeros), torch.where(keep, weight, zeros), keep)

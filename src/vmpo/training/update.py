@@ -100,12 +100,11 @@ class Updater:
         local = torch.tensor([i for i, row in enumerate(rollout.rows) if member[row]], dtype=torch.long)
         stale = not on_policy and self.objective.needs_log_p
         log_p = self.log_p(rollout, local) if stale else rollout.log_p_old
-        delta_phi = torch.where(member[:, None], rollout.delta_phi, torch.nan)  # other groups sit this step out
         centre_value = self.terms.matrix(rollout) if self.objective.needs_centre_value else None
         if centre_value is not None:
             centre_value = gather_rows(centre_value.cpu(), rollout.rows, len(rollout.group), self.accelerator)
         terms = self.objective.rows(
-            log_p, rollout.log_anchor, delta_phi, rollout.group, centre_value, rollout.log_p_old
+            log_p, rollout.log_anchor, rollout.delta_phi, rollout.group, centre_value, rollout.log_p_old, member
         )
         totals = self._stream(rollout, local, terms)
         sum_gradients(self.parameters, self.accelerator)
