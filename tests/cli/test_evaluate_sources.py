@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -278,3 +279,12 @@ def test_strip(vmpo: Vmpo, run: Path, tmp_path: Path) -> None:
     assert "strip.png" in text
     with Image.open(tmp_path / "strip.png") as picture:
         assert picture.width > 800
+
+
+def test_a_recipe_whose_micro_batch_is_what_fits_can_be_drawn_by(vmpo: Vmpo, tiny_model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "fits.yaml"
+    own = {"extends": "glyphs", "model": {"path": str(tiny_model)}, "optimisation": {"micro_batch": 0}}
+    recipe.write_text(yaml.safe_dump(own))
+    words = ["--limit", 3, "--images", 3, "--rewards", BRIGHT, "--out", tmp_path / "out"]
+    ok(vmpo("evaluate", "base", "--like", recipe, *words))
+    assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 9

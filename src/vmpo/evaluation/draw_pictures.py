@@ -21,6 +21,8 @@ from vmpo.training.pictures import save_image
 from vmpo.training.processes import share
 from vmpo.training.setup import load_kernel_of, load_policy_of
 
+DRAWN_AT_ONCE = 8  # where the recipe leaves the number to what fits a training
+
 
 def batches_of(prompts: int, images: int, batch: int) -> list[list[tuple[int, int]]]:
     """(prompt, image) of all pictures, in batches that do not depend on what is done already or by how many."""
@@ -80,7 +82,8 @@ def draw_source(
     company, so that the pictures do not depend on what happened.
     """
     assert source.config is not None
-    batches = batches_of(len(prompts), images, source.config.optimisation.micro_batch)
+    at_once = source.config.optimisation.micro_batch or DRAWN_AT_ONCE
+    batches = batches_of(len(prompts), images, at_once)
     mine = [batches[i] for i in share(len(batches), accelerator)]
     missing = [b for b in mine if any((source.label, p, m) not in log.records for p, m in b)]
     if not missing:
