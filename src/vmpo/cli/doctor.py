@@ -86,7 +86,7 @@ def _print_fits(fits: list[Capacity]) -> None:
     from vmpo.training.memory import readable
 
     # a row of an update, or a picture that is decoded, whichever is larger
-    table = Table("", "besides rows", "micro-batch", "with checkpointing", box=None, padding=(0, 1))
+    table = Table("", "held throughout", "micro-batch at most", "with checkpointing", box=None, padding=(0, 1))
     for c in fits:
         table.add_row(f"   {c.job}", readable(c.plain.fixed), _rows(c.plain, c.available), _rows(c.saving, c.available))
     console.print(f"[bold]what fits[/bold] {readable(fits[0].available)}, reward models not counted")
@@ -96,7 +96,7 @@ def _print_fits(fits: list[Capacity]) -> None:
 def _rows(estimate: MemoryEstimate, available: int) -> str:
     from vmpo.training.memory import readable
 
-    return f"{estimate.largest(available)} of {readable(max(estimate.row, estimate.picture))}"
+    return f"{estimate.largest(available)} rows of {readable(max(estimate.row, estimate.picture))}"
 
 
 def _as_dict(capacity: Capacity) -> dict[str, object]:
