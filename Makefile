@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format lint types layers bench compare compare-glyphs clean
+.PHONY: demo demo-ddim test test-slow check format lint types layers bench compare compare-glyphs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,12 @@ demo: $(READY)
 	$(BIN)/vmpo train glyphs --run $(RUN) --resume
 	$(BIN)/vmpo evaluate $(RUN)
 	$(BIN)/vmpo report $(RUN)
+
+# The same job on the embedded Stable Diffusion 1.x: a UNet, DDIM and guidance.
+demo-ddim: $(READY)
+	$(BIN)/vmpo train glyphs-ddim --run runs/demo-ddim --resume
+	$(BIN)/vmpo evaluate runs/demo-ddim
+	$(BIN)/vmpo report runs/demo-ddim
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -27,7 +27,7 @@ POLICIES: dict[str, type[PipelinePolicy]] = {
     policy.pipeline_class.__name__: policy
     for policy in (StableDiffusionPolicy, StableDiffusionXLPolicy, StableDiffusion3Policy)
 }
-EMBEDDED = ("glyphs",)
+EMBEDDED = ("glyphs", "glyphs-ddim")
 DTYPES = {**NETWORK_DTYPES, "none": None}
 
 

@@ -29,7 +29,7 @@ class LoRA(Section):
 class Model(Section):
     """Which pipeline is aligned and how its network is called."""
 
-    path: str = Field("glyphs", description="'glyphs' (embedded), a local folder or a hub name")
+    path: str = Field("glyphs", description="'glyphs' or 'glyphs-ddim' (embedded), a local folder or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     variant: str | None = Field(None, description="of the weight files on the hub, e.g. fp16")
     height: int = Field(512, ge=8)
