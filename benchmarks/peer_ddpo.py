@@ -25,7 +25,7 @@ import diffusers.utils
 import torch
 from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
-from throughput import rounded, time_rollouts, time_updates
+from throughput import rounded
 from torch import Tensor
 
 from vmpo.policies.pipeline import PipelinePolicy
@@ -99,14 +99,11 @@ class Peer:
         optimizer.zero_grad()
 
 
-def timed(repeats: int, work: Callable[[], Any]) -> list[float]:
-    """Seconds of each run after one that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def measure(checkout: Path, recipe: str, overrides: list[str], repeats: int) -> dict[str, Any]:
@@ -114,19 +111,23 @@ def measure(checkout: Path, recipe: str, overrides: list[str], repeats: int) -> 
     config = load_config(recipe, [*SAME, *overrides])
     parts = load_parts(config, torch.device("cpu"))
     policy, micro_batch = parts.policy, config.optimisation.micro_batch
+    seconds: dict[str, list[float]] = {"sampling": [], "updates": [], "peer_sampling": [], "peer_updates": []}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, parts, Path(folder), Accelerator(cpu=True))
-        data, sampling, _ = time_rollouts(trainer, repeats)
-        updates = time_updates(trainer, data, repeats)
-        prompts = parts.train.take(data.prompt.tolist()).prompts
-    peer = Peer(checkout, policy, prompts, config.sampler.steps)
-    latents, log_p = peer.sample(micro_batch)
-    peer_sampling = timed(repeats, lambda: peer.sample(micro_batch))
-    peer_updates = timed(repeats, lambda: peer.update(latents, log_p, micro_batch, trainer.updater.optimizer))
+        data, _ = trainer.draw(0)
+        peer = Peer(checkout, policy, parts.train.take(data.prompt.tolist()).prompts, config.sampler.steps)
+        latents, log_p = peer.sample(micro_batch)
+        optimizer, groups = trainer.updater.optimizer, data.group.unique()
+        for _ in range(repeats + 1):  # in turn, so that what else the machine does hits both; the first one warms up
+            seconds["sampling"].append(trainer.draw(0)[1]["time_rollout"])
+            seconds["peer_sampling"].append(seconds_of(lambda: peer.sample(micro_batch)))
+            seconds["updates"].append(seconds_of(lambda: trainer.updater.step(data, groups, on_policy=True)))
+            seconds["peer_updates"].append(seconds_of(lambda: peer.update(latents, log_p, micro_batch, optimizer)))
     images, rows = len(latents), latents.shape[0] * config.sampler.steps
 
-    def figures(sampling: list[float], updates: list[float]) -> dict[str, float]:
-        return {"images_per_s": images / median(sampling), "rows_per_s": rows / median(updates)}
+    def figures(prefix: str) -> dict[str, float]:
+        sampling, updates = (median(seconds[f"{prefix}{work}"][1:]) for work in ("sampling", "updates"))
+        return {"images_per_s": images / sampling, "rows_per_s": rows / updates}
 
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -136,8 +137,8 @@ def measure(checkout: Path, recipe: str, overrides: list[str], repeats: int) -> 
         "images": images,
         "steps": config.sampler.steps,
         "micro_batch": micro_batch,
-        "vmpo": figures(sampling, updates),
-        "ddpo-pytorch": figures(peer_sampling, peer_updates),
+        "vmpo": figures(""),
+        "ddpo-pytorch": figures("peer_"),
     }
 
 
