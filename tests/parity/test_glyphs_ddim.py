@@ -12,7 +12,6 @@ from vmpo.policies.pipeline import PipelinePolicy
 from vmpo.prompts import load_prompts
 from vmpo.rewards import load_reward
 from vmpo.rollouts import draw_states, rollout
-from vmpo.training.config import Config
 from vmpo.training.recipes import load_config
 from vmpo.training.setup import load_kernel_of, load_policy_of
 
@@ -26,23 +25,23 @@ def plain() -> StableDiffusionPipeline:
     return pipe
 
 
-def parts_of(*overrides: str) -> tuple[Config, PipelinePolicy, Kernel]:
+def parts_of(*overrides: str) -> tuple[PipelinePolicy, Kernel]:
     config = load_config("glyphs-ddim", list(overrides))
     policy = load_policy_of(config)
-    return config, policy, load_kernel_of(config, policy)
+    return policy, load_kernel_of(config, policy)
 
 
 @pytest.fixture(scope="module")
-def guided() -> tuple[Config, PipelinePolicy, Kernel]:
+def guided() -> tuple[PipelinePolicy, Kernel]:
     """Settings that are not the recipe's, noise in every step."""
     words = [f"model.guidance={GUIDANCE}", f"sampler.steps={STEPS}", f"sampler.eta={ETA}", "sampler.window=null"]
     return parts_of(*words)
 
 
 def test_a_guided_rollout_with_noise_is_plain_diffusers(
-    plain: StableDiffusionPipeline, guided: tuple[Config, PipelinePolicy, Kernel]
+    plain: StableDiffusionPipeline, guided: tuple[PipelinePolicy, Kernel]
 ) -> None:
-    _, policy, kernel = guided
+    policy, kernel = guided
     settings = {"height": 24, "width": 64, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "eta": ETA}
     latents = plain(PROMPT, generator=torch.Generator().manual_seed(SEED), output_type="latent", **settings).images
     drawn = rollout(policy, kernel, policy.encode([PROMPT]), [SEED])
@@ -53,10 +52,10 @@ def test_a_guided_rollout_with_noise_is_plain_diffusers(
 
 @torch.no_grad()
 def test_its_densities_are_those_of_the_schedulers_steps(
-    plain: StableDiffusionPipeline, guided: tuple[Config, PipelinePolicy, Kernel]
+    plain: StableDiffusionPipeline, guided: tuple[PipelinePolicy, Kernel]
 ) -> None:
     """log N(x_{t-1}; mean, s²) with the mean of diffusers' own step and its variance, guidance written out."""
-    _, policy, kernel = guided
+    policy, kernel = guided
     drawn = rollout(policy, kernel, policy.encode([PROMPT]), [SEED])
     text, empty = plain.encode_prompt(PROMPT, "cpu", 1, True)
     plain.scheduler.set_timesteps(STEPS)
@@ -76,7 +75,7 @@ def test_its_densities_are_those_of_the_schedulers_steps(
 
 def test_it_spells_half_and_better_when_it_is_asked_for_print() -> None:
     """What alignment has to gain, with the recipe's own sampler (model card); 48 held-out words."""
-    _, policy, kernel = parts_of()
+    policy, kernel = parts_of()
     prompts, ocr = load_prompts("glyphs/test").prompts[::6], load_reward("ocr")
     scores = {}
     for source in ("a", "printed"):
